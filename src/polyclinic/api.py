@@ -1,0 +1,303 @@
+"""The Python API: what the command line calls, with the same names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyclinic.errors import RunError, StudyError
+from polyclinic.study import Study, TaskSettings, load_study
+
+if TYPE_CHECKING:
+    from polyclinic.data.manifest import Case
+    from polyclinic.runner import Observer
+
+
+def run(
+    study: Study | Path | str | None,
+    *,
+    out: Path | None = None,
+    resume: Path | None = None,
+    observer: Observer | None = None,
+) -> Path:
+    """Run a study: its method, and beside it those of ``compare``.
+
+    Args:
+        study: A study or the path of its file; None only with ``resume``, whose folder then tells.
+        out: Results folder; by default ``runs/<study>-<time>``.
+        resume: Results folder of a run that was stopped; it goes on after its last finished round.
+        observer: Told of progress.
+
+    Returns:
+        The results folder, with ``report.html`` in it.
+
+    Raises:
+        StudyError, DataError: Before any training. RunError: the folder cannot be used.
+    """
+    from polyclinic.comparison import planned, run_comparison
+    from polyclinic.results import RunFolder, new_folder
+    from polyclinic.runner import load_sites, run_one
+
+    if resume is not None:
+        folder = RunFolder(Path(resume))
+        before = folder.study()
+        study = before if study is None else _loaded(study)
+        folder.open(study)
+    else:
+        if study is None:
+            raise StudyError("give a study file, or --resume with the results folder of a stopped run.")
+        study = _loaded(study)
+        folder = RunFolder(new_folder(study, out))
+    several = bool(study.compare.methods or study.compare.seeds)
+    if several:
+        planned(study)
+    if resume is None:
+        folder.create(study)
+    sites = load_sites(study, folder.path, observer)
+    if several:
+        run_comparison(study, sites, folder, observer)
+    else:
+        run_one(study, sites, folder, observer)
+    return folder.path
+
+
+def demo(**options: Any) -> Path:
+    """Run the bundled study on made-up images; options as for ``run``."""
+    return run(demo_study(), **options)
+
+
+def demo_study(overrides: Sequence[str] = ()) -> Study:
+    """The bundled study."""
+    with resources.as_file(resources.files("polyclinic") / "studies" / "demo.yaml") as path:
+        return load_study(path, overrides=overrides)
+
+
+def compare(
+    study: Study | Path | str,
+    methods: Sequence[str | Mapping[str, Any]] = (),
+    seeds: Sequence[int] = (),
+    **options: Any,
+) -> Path:
+    """Run several methods with several seeds and write one table with paired differences.
+
+    Args:
+        study: The study; its own method is always in the table.
+        methods: Further methods; empty: as ``comparison_study`` says.
+        seeds: Likewise.
+        options: As for ``run``.
+    """
+    return run(comparison_study(_loaded(study), methods, seeds), **options)
+
+
+def comparison_study(study: Study, methods: Sequence[str | Mapping[str, Any]], seeds: Sequence[int]) -> Study:
+    """The study with ``compare`` filled: by default the study's own, else the controls and seeds 0, 1 and 2.
+
+    The controls are local, fedavg, fedavg-ft and pooled: what every claim is measured against.
+    """
+    from polyclinic.comparison import CONTROLS
+
+    others = list(methods) or study.compare.methods or list(CONTROLS)
+    others = [m for m in others if (m if isinstance(m, str) else m.get("name")) != study.method.name]
+    chosen = {"methods": others, "seeds": list(seeds) or study.compare.seeds or [0, 1, 2]}
+    return study.model_copy(update={"compare": study.compare.model_copy(update=chosen)})
+
+
+def check(study: Study | Path | str, observer: Observer | None = None) -> dict[str, Any]:
+    """Validate a study and its data without training: every image is read, the network is built.
+
+    Returns:
+        ``sites`` (devices, patients, images and labels of each split), ``notes`` and ``model``.
+
+    Raises:
+        StudyError, DataError: Whatever a run would have refused.
+    """
+    import tempfile
+
+    from polyclinic.comparison import planned
+    from polyclinic.data.manifest import class_notes
+    from polyclinic.models.registry import describe
+    from polyclinic.runner import describe_site, load_sites, start_model
+
+    study = _loaded(study)
+    planned(study)
+    with tempfile.TemporaryDirectory() as scratch:
+        sites = load_sites(study, Path(scratch), observer)
+        model = start_model(study)
+        return {
+            "sites": {name: describe_site(data) for name, data in sites.items()},
+            "notes": class_notes({name: data.cases for name, data in sites.items()}, study.task),
+            "model": {"name": study.model.name, **describe(model)},
+        }
+
+
+def predict(run_folder: Path, images: Path, out: Path, *, site: str | None = None) -> Path:
+    """Use a finished run's model on new files; see ``polyclinic.prediction.predict_files``."""
+    from polyclinic.prediction import predict_files
+
+    return predict_files(Path(run_folder), Path(images), Path(out), site=site)
+
+
+def report(run_folder: Path) -> Path:
+    """Write ``report.html`` of a finished run or comparison again, from its files alone."""
+    from polyclinic.report import write_report
+
+    folder = Path(run_folder)
+    if not (folder / "metrics.json").is_file():
+        raise RunError(f"{folder} has no metrics.json: the run is not finished. Go on with --resume {folder}.")
+    return write_report(folder)
+
+
+def methods() -> list[dict[str, str]]:
+    """Every method: name, what it is, paper, where its model lives, what it needs."""
+    from polyclinic.methods import METHODS, method_class
+
+    rows = []
+    for name in METHODS:
+        found = method_class(name)
+        rows.append(
+            {
+                "name": name,
+                "title": found.title,
+                "reference": found.reference,
+                "model": "personal" if found.personal else "global",
+                "where": "simulation only" if found.simulation_only else "anywhere",
+                "needs": found.needs,
+            }
+        )
+    return rows
+
+
+def networks() -> list[dict[str, str]]:
+    """Every network of the registry: name, what it is, dimensions, tasks."""
+    from polyclinic.models.catalog import NETWORKS
+
+    return [
+        {
+            "name": network.name,
+            "title": network.description,
+            "dimensions": ", ".join(f"{d}D" for d in network.dims),
+            "tasks": ", ".join(network.tasks),
+        }
+        for network in NETWORKS.values()
+    ]
+
+
+def headline(run_folder: Path) -> tuple[dict[str, dict[str, str]], str]:
+    """A run's or comparison's main metric as text: ``{method: {column: "value [low, high]"}}`` and its name."""
+    from polyclinic.evaluation.names import metric_label
+
+    found = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))
+    tables = found.get("table") or {found["method"]: {**found, "sites": _tested(found)}}
+    metric = "dice" if found["task"] == "segmentation" else "balanced_accuracy"
+    rows = {}
+    for method, table in tables.items():
+        cells = {site: entry[metric] for site, entry in table["sites"].items()}
+        cells |= {"mean": table["mean"][metric], "worst site": table["worst"][metric]}
+        rows[method] = {"method": method} | {where: _shown(cell) for where, cell in cells.items()}
+    return rows, metric_label(metric)
+
+
+def _tested(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {site: entry["test"] for site, entry in metrics["sites"].items()}
+
+
+def _shown(cell: Mapping[str, Any]) -> str:
+    if cell["value"] is None:
+        return "undefined"
+    interval = "" if cell["low"] is None else f" [{cell['low']:.3f}, {cell['high']:.3f}]"
+    return f"{cell['value']:.3f}{interval}"
+
+
+def build(folder: Path, labels: Path | None, out: Path) -> Path:
+    """Make a manifest from a folder of images and a table of labels; see ``polyclinic.data.build``."""
+    from polyclinic.data.build import build_manifest
+
+    return build_manifest(Path(folder), None if labels is None else Path(labels), Path(out))
+
+
+def split(manifest: Path, task: TaskSettings, out: Path, **settings: Any) -> Path:
+    """Divide a manifest's patients into train, val and test and write it with the column filled.
+
+    Args:
+        manifest: With the usual columns.
+        task: Kind and classes of its labels.
+        out: The new manifest.
+        settings: Fields of ``data.split`` of the study file.
+    """
+    from polyclinic.data.split import check_split, split_cases
+    from polyclinic.study import SplitSettings
+
+    wanted = SplitSettings(**settings)
+    cases = split_cases(_cases(manifest, task), wanted)
+    check_split(cases, wanted)
+    return _written(cases, out)
+
+
+def partition(manifest: Path, task: TaskSettings, out: Path, **settings: Any) -> Path:
+    """Divide a manifest's patients over sites and write it with the site column filled.
+
+    Args:
+        manifest: With the usual columns; its site column is replaced.
+        task: Kind and classes of its labels.
+        out: The new manifest.
+        settings: Fields of ``data.partition`` of the study file.
+    """
+    from polyclinic.data.partition import partition_cases
+    from polyclinic.study import PartitionSettings
+
+    return _written(partition_cases(_cases(manifest, task), PartitionSettings(**settings)), out)
+
+
+def phantom(study: Study | Path | str, out: Path) -> Path:
+    """Write the made-up images of a study as files, with masks and a manifest per site."""
+    from polyclinic.data.phantoms import write_phantoms
+
+    study = _loaded(study)
+    if study.data.phantom is None:
+        raise StudyError("this study has tables of real images; give one with data.phantom.")
+    return write_phantoms(study.data.phantom, study.task, Path(out), study.data.image.size)
+
+
+def phantom_kinds() -> list[str]:
+    """Lines that tell the kinds of made-up images with their classes, and the devices."""
+    from polyclinic.data.phantoms import CLASSES, DEVICES
+
+    return [f"{kind}: {', '.join(classes)}" for kind, classes in CLASSES.items()] + [f"devices: {', '.join(DEVICES)}"]
+
+
+def importers() -> dict[str, str]:
+    """The public data sets that ``import_data`` knows, with the first line of their documentation."""
+    from importlib import import_module
+
+    from polyclinic.data.importers import IMPORTERS
+
+    documents = {name: import_module(where.partition(":")[0]).__doc__ or "" for name, where in IMPORTERS.items()}
+    return {name: text.strip().splitlines()[0] for name, text in documents.items()}
+
+
+def import_data(name: str, folder: Path, out: Path, **options: Any) -> list[Path]:
+    """Make manifests for a public data set; images stay where they are."""
+    from polyclinic.data.importers import run_importer
+
+    return run_importer(name, Path(folder), Path(out), **options)
+
+
+def _loaded(study: Study | Path | str) -> Study:
+    return study if isinstance(study, Study) else load_study(study)
+
+
+def _cases(manifest: Path, task: TaskSettings) -> list[Case]:
+    from polyclinic.data.manifest import read_table
+    from polyclinic.study import TableSettings
+
+    return read_table(TableSettings(path=Path(manifest).name), Path(manifest).parent, task, need_site=False)
+
+
+def _written(cases: Sequence[Case], out: Path) -> Path:
+    from polyclinic.data.manifest import write_manifest
+
+    write_manifest(cases, Path(out))
+    return Path(out)

@@ -1,0 +1,358 @@
+"""The command line: parse, call the API, print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from polyclinic import api
+from polyclinic.errors import PolyclinicError
+
+if TYPE_CHECKING:
+    from polyclinic.progress import TerminalObserver
+    from polyclinic.study import Study, TaskSettings
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Train medical-image models at several hospitals together, while every image stays where it was taken.\n\n"
+    "Start with [bold]polyclinic demo[/bold]; then write a study file (see examples/) and "
+    "[bold]polyclinic run[/bold] it.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare images: manifests, splits, partitions, made-up images.")
+app.add_typer(data_app, name="data")
+out = Console()
+err = Console(stderr=True)
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set method.rounds=5")
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of training; the data split does not change.")]
+Out = Annotated[Path | None, typer.Option(help="Results folder [default: runs/<study>-<time>].")]
+Resume = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Go on with a stopped run after its last finished round.")
+]
+Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Where the networks run.")]
+DataRoot = Annotated[
+    Path | None, typer.Option(envvar="POLYCLINIC_DATA", help="Folder of the images, instead of the study's data.root.")
+]
+Kind = Annotated[
+    Literal["multi-class", "multi-label", "segmentation"], typer.Option("--task", help="What the labels are.")
+]
+Classes = Annotated[str, typer.Option(help="Class names in order, separated by commas.")]
+
+
+def main() -> None:
+    """Entry point: known errors are printed without a traceback and exit with 2."""
+    try:
+        app()
+    except PolyclinicError as error:
+        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("stopped; finished rounds are safe, go on with --resume.")
+        sys.exit(130)
+
+
+@app.command()
+def demo(set_: Set = None, seed: Seed = None, out: Out = None, resume: Resume = None, device: Device = None) -> None:
+    """Run the bundled study: four made-up hospitals, five methods, one report. Under two minutes on two cores."""
+    study = api.demo_study(_overrides(set_, seed, device))
+    _run(study, out, resume)
+
+
+@app.command()
+def run(
+    study: Annotated[Path | None, typer.Argument(metavar="STUDY.yaml", help="The study file.")] = None,
+    set_: Set = None,
+    seed: Seed = None,
+    out: Out = None,
+    resume: Resume = None,
+    device: Device = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Run a study: its method, beside it those of its compare section, one report."""
+    if study is None and resume is not None:
+        from polyclinic.results import RunFolder
+
+        _run(RunFolder(resume).study(), out, resume)
+        return
+    _run(_load(study, set_, seed, device, data_root), out, resume)
+
+
+@app.command()
+def compare(
+    study: StudyFile,
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas [default: the study's, else the controls].")
+    ] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas [default: the study's, else 0,1,2].")] = "",
+    set_: Set = None,
+    out: Out = None,
+    resume: Resume = None,
+    device: Device = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Run several methods with several seeds: one table with paired differences and confidence intervals."""
+    loaded = api.comparison_study(
+        _load(study, set_, None, device, data_root), _names(methods), [_whole(text) for text in _names(seeds)]
+    )
+    _run(loaded, out, resume)
+
+
+@app.command()
+def check(
+    study: StudyFile,
+    set_: Set = None,
+    data_root: DataRoot = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the study with every default written out.")] = False,
+) -> None:
+    """Validate a study and its data without training: every image is read and the network is built."""
+    from polyclinic.study import dump_study
+
+    loaded = _load(study, set_, None, None, data_root)
+    if show:
+        print(dump_study(loaded), end="")
+    with _observer(1) as observer:
+        found = api.check(loaded, observer)
+    table = Table("site", "devices", "patients", "train", "val", "test", "labels of the training images")
+    for name, site in found["sites"].items():
+        labels = ", ".join(f"{label} {n}" for label, n in site["labels"]["train"].items())
+        images = [str(site["images"][part]) for part in ("train", "val", "test")]
+        table.add_row(name, ", ".join(site["device"]), str(sum(site["patients"].values())), *images, labels)
+    out.print(table)
+    for site_name, notes in found["notes"].items():
+        for note in notes:
+            out.print(f"[yellow]note:[/yellow] {escape(f'{site_name}: {note}' if site_name else note)}")
+    model = found["model"]
+    out.print(f"network {model['name']}: {model['parameters']:,} parameters")
+    out.print("[green]nothing wrong was found[/green]")
+
+
+@app.command()
+def predict(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Results folder of a finished run.")],
+    images: Annotated[Path, typer.Argument(help="An image, a folder of images, or a manifest (CSV).")],
+    out_: Annotated[Path, typer.Option("--out", help="A CSV file; for segmentation a folder for the masks.")],
+    site: Annotated[str | None, typer.Option(help="Whose personal model to use, where sites have their own.")] = None,
+) -> None:
+    """Use a finished run's model on new files: probabilities to CSV, masks as PNG or NIfTI."""
+    written = api.predict(run_folder, images, out_, site=site)
+    out.print(f"predictions: {written}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Results folder of a finished run or comparison.")],
+) -> None:
+    """Write report.html again from the results folder."""
+    out.print(f"report: {api.report(run_folder)}", soft_wrap=True)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods and what can be combined with what."""
+    table = Table("method", "what it is", "model", "runs", "needs", "paper")
+    for row in api.methods():
+        table.add_row(row["name"], row["title"], row["model"], row["where"], row["needs"], row["reference"])
+    out.print(table)
+    networks = Table("network", "what it is", "dimensions", "tasks")
+    for row in api.networks():
+        networks.add_row(row["name"], row["title"], row["dimensions"], row["tasks"])
+    out.print(networks)
+    out.print("Aggregation: plain. Normalisation (model.norm): batch, batch-local (not pooled), group, instance.")
+
+
+@app.command(hidden=True)
+def schema() -> None:
+    """Print the JSON schema of the study file."""
+    import json
+
+    from polyclinic.study import study_schema
+
+    print(json.dumps(study_schema(), indent=2))
+
+
+@data_app.command("build")
+def data_build(
+    folder: Annotated[Path, typer.Argument(help="Folder of DICOM, NIfTI, PNG, JPEG, TIFF or NPZ files.")],
+    out_: Annotated[Path, typer.Option("--out", help="The manifest: CSV or Parquet.")],
+    labels: Annotated[Path | None, typer.Option(help="Table with an image column and labels, patients, ...")] = None,
+) -> None:
+    """Make a manifest from a folder of images and a table of labels."""
+    out.print(f"manifest: {api.build(folder, labels, out_)}", soft_wrap=True)
+
+
+@data_app.command("split")
+def data_split(
+    manifest: Annotated[Path, typer.Argument(help="A manifest.")],
+    out_: Annotated[Path, typer.Option("--out", help="The new manifest.")],
+    classes: Classes,
+    task: Kind = "multi-class",
+    fractions: Annotated[str, typer.Option(help="Train, validation and test shares.")] = "0.6,0.15,0.25",
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+) -> None:
+    """Divide the patients of a manifest into train, val and test."""
+    from polyclinic.errors import StudyError
+
+    shares = [_number(text) for text in _names(fractions)]
+    if len(shares) != 3:
+        raise StudyError(f"--fractions {fractions!r}: give three numbers, as in 0.6,0.15,0.25.")
+    written = api.split(manifest, _task(task, classes), out_, fractions=shares, seed=seed)
+    out.print(f"manifest: {written}", soft_wrap=True)
+
+
+@data_app.command("partition")
+def data_partition(
+    manifest: Annotated[Path, typer.Argument(help="A manifest; its site column is replaced.")],
+    out_: Annotated[Path, typer.Option("--out", help="The new manifest.")],
+    classes: Classes,
+    kind: Annotated[Literal["device", "iid", "dirichlet", "quantity"], typer.Option(help="How sites are drawn.")],
+    task: Kind = "multi-class",
+    sites: Annotated[int, typer.Option(min=1, help="Number of sites (not for device).")] = 4,
+    alpha: Annotated[float, typer.Option(help="Concentration of the Dirichlet draw: small is uneven.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+) -> None:
+    """Divide the patients of a manifest over sites: by device, evenly, by Dirichlet label skew or by quantity."""
+    written = api.partition(
+        manifest, _task(task, classes), out_, kind=kind, sites=sites, alpha=alpha, seed=seed
+    )
+    out.print(f"manifest: {written}", soft_wrap=True)
+
+
+@data_app.command("phantom")
+def data_phantom(
+    out_: Annotated[Path | None, typer.Option("--out", help="Folder for images, masks and manifests.")] = None,
+    study: Annotated[
+        Path | None, typer.Argument(metavar="[STUDY.yaml]", help="A study with data.phantom [default: the demo].")
+    ] = None,
+    set_: Set = None,
+    list_: Annotated[bool, typer.Option("--list", help="List kinds, classes and devices.")] = False,
+) -> None:
+    """Write made-up images as files: chest radiographs, CT slices and volumes, skin lesions."""
+    from polyclinic.errors import StudyError
+
+    if list_:
+        for row in api.phantom_kinds():
+            out.print(row)
+        return
+    if out_ is None:
+        raise StudyError("give --out FOLDER, or --list.")
+    loaded = api.demo_study(set_ or []) if study is None else _load(study, set_, None, None, None)
+    out.print(f"manifest: {api.phantom(loaded, out_)}", soft_wrap=True)
+
+
+@data_app.command("import")
+def data_import(
+    name: Annotated[str, typer.Argument(help="A public data set; --list names them.")] = "",
+    folder: Annotated[Path | None, typer.Argument(help="Where its files lie.")] = None,
+    out_: Annotated[Path | None, typer.Option("--out", help="Folder for the manifests.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the data sets.")] = False,
+) -> None:
+    """Make manifests for a public data set that you have downloaded."""
+    from polyclinic.errors import StudyError
+
+    if list_:
+        for known, what in api.importers().items():
+            out.print(f"[bold]{known}[/bold]  {escape(what)}")
+        return
+    if not name or folder is None or out_ is None:
+        raise StudyError("give a data set, its folder and --out FOLDER; --list names the data sets.")
+    for path in api.import_data(name, folder, out_):
+        out.print(f"manifest: {path}", soft_wrap=True)
+
+
+def _overrides(set_: list[str] | None, seed: int | None, device: str | None) -> list[str]:
+    given = list(set_ or [])
+    if seed is not None:
+        given.append(f"seed={seed}")
+    if device is not None:
+        given.append(f"device={device}")
+    return given
+
+
+def _load(
+    path: Path | None, set_: list[str] | None, seed: int | None, device: str | None, data_root: Path | None
+) -> Study:
+    from polyclinic.errors import StudyError
+    from polyclinic.study import load_study
+
+    if path is None:
+        raise StudyError("give a study file, or --resume with the results folder of a stopped run.")
+    return load_study(path, overrides=_overrides(set_, seed, device), data_root=data_root)
+
+
+def _run(study: Study, folder: Path | None, resume: Path | None) -> None:
+    seeds = len(study.compare.seeds) or 1
+    with _observer((1 + len(study.compare.methods)) * seeds) as observer:
+        path = api.run(study, out=folder, resume=resume, observer=observer)
+    _print_table(path)
+    out.print(f"report: {path / 'report.html'}", soft_wrap=True)
+
+
+@contextmanager
+def _observer(runs: int) -> Iterator[TerminalObserver]:
+    from polyclinic.progress import TerminalObserver
+
+    with TerminalObserver(out, runs) as observer:
+        yield observer
+
+
+def _print_table(folder: Path) -> None:
+    """The headline metric per site, mean and worst site, a row a method."""
+    rows, metric = api.headline(folder)
+    table = Table(title=f"{metric} on test images [95% interval by patient]" if rows else None)
+    for name in next(iter(rows.values())):
+        table.add_column(name)
+    for row in rows.values():
+        table.add_row(*row.values())
+    out.print(table)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _whole(text: str) -> int:
+    from polyclinic.errors import StudyError
+
+    if not text.isdigit():
+        raise StudyError(f"--seeds: {text!r} is not a whole number. Write --seeds 0,1,2.")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    from polyclinic.errors import StudyError
+
+    try:
+        return float(text)
+    except ValueError:
+        raise StudyError(f"{text!r} is not a number.") from None
+
+
+def _task(kind: str, classes: str) -> TaskSettings:
+    from pydantic import ValidationError
+
+    from polyclinic.errors import StudyError
+    from polyclinic.study import TaskSettings, explain
+
+    settings: dict[str, Any] = {"kind": kind, "classes": _names(classes)}
+    try:
+        return TaskSettings(**settings)
+    except ValidationError as error:
+        raise StudyError(explain(error, TaskSettings, "--classes")) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Which site owns which patient, where the data do not say.
+
+``dirichlet`` is label skew: for every class, the shares of the sites are drawn from a symmetric Dirichlet
+distribution and the class's patients are cut up accordingly. ``quantity`` draws the sizes of the sites. Whole
+patients always stay together.
+
+References:
+    Hsu, Qi, Brown: Measuring the effects of non-identical data distribution (arXiv 1909.06335), for the Dirichlet
+    prior; the per-class cut is that of Yurochkin et al. (arXiv 1905.12022) and Li et al. (arXiv 2102.02079).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from polyclinic.data.manifest import Case
+from polyclinic.data.names import check_site_name
+from polyclinic.data.split import patient_groups, rarest_labels, seeded
+from polyclinic.errors import DataError
+from polyclinic.study import PartitionSettings
+
+DRAWS = 200
+SMALLEST = 3
+
+
+def partition_cases(cases: Sequence[Case], settings: PartitionSettings) -> list[Case]:
+    """Give every case its site.
+
+    Args:
+        cases: Of all tables.
+        settings: ``site`` leaves them as they are. ``device`` names sites after devices (characters that a site name
+            cannot have become ``-``). The others draw ``settings.sites`` sites, named ``site-1`` and so on, with at
+            least three patients each where there are enough.
+
+    Returns:
+        The cases in the same order; who goes where does not depend on that order. Where patients of different
+        hospitals with the same id meet at one site, all but the first get ``~2``, ``~3`` after their id.
+
+    Raises:
+        DataError: A case has no site or device, a patient has several devices, or a site stays empty.
+    """
+    if settings.kind == "site":
+        for case in cases:
+            if not case.site:
+                raise DataError(f"{case.where}: no site. Give the table a 'site', or choose another data.partition.")
+        return list(cases)
+    groups = patient_groups(cases)
+    owners = _by_device(cases, groups) if settings.kind == "device" else _drawn(cases, groups, settings)
+    seen: Counter[tuple[str, str]] = Counter()
+    result = list(cases)
+    for group, site in zip(groups, owners, strict=True):
+        patient = cases[group[0]].patient
+        seen[site, patient] += 1
+        count = seen[site, patient]
+        name = patient if count == 1 else f"{patient}~{count}"
+        for i in group:
+            result[i] = replace(cases[i], site=site, patient=name)
+    return result
+
+
+def _by_device(cases: Sequence[Case], groups: Sequence[Sequence[int]]) -> list[str]:
+    devices: dict[str, str] = {}
+    owners = []
+    for group in groups:
+        ours = sorted({cases[i].device for i in group})
+        first = cases[group[0]]
+        if "" in ours:
+            lacking = next(cases[i] for i in group if not cases[i].device)
+            raise DataError(f"{lacking.where}: no device, but data.partition.kind is 'device'. Fill the device column.")
+        if len(ours) > 1:
+            raise DataError(
+                f"patient {first.patient!r} ({first.where}) was imaged on {len(ours)} devices: {', '.join(ours)}. One "
+                "site per device would divide the patient. Leave such rows out with 'where', or choose another "
+                "data.partition."
+            )
+        site = re.sub(r"[^A-Za-z0-9_.-]+", "-", ours[0]).strip("-._")[:64]
+        check_site_name(site, f"{first.where}, device {ours[0]!r}")
+        if devices.setdefault(site, ours[0]) != ours[0]:
+            raise DataError(
+                f"devices {devices[site]!r} and {ours[0]!r} would both be site {site!r}. Rename one of them."
+            )
+        owners.append(site)
+    return owners
+
+
+def _drawn(cases: Sequence[Case], groups: Sequence[Sequence[int]], settings: PartitionSettings) -> list[str]:
+    count = settings.sites
+    if len(groups) < count:
+        raise DataError(f"{len(groups)} patients cannot fill {count} sites. Lower data.partition.sites.")
+    labels = rarest_labels(cases, groups)
+    enough = SMALLEST if len(groups) >= SMALLEST * count else 1
+    generator = seeded(settings.seed, "partition", settings.kind)
+    for _ in range(DRAWS):
+        owner = _draw(labels, settings, generator)
+        if np.bincount(owner, minlength=count).min() >= enough:
+            width = len(str(count))
+            return [f"site-{k + 1:0{width}d}" for k in owner]
+    raise DataError(
+        f"data.partition {settings.kind}: in {DRAWS} draws with alpha {settings.alpha} one of {count} sites always had "
+        f"fewer than {enough} of the {len(groups)} patients. Raise alpha, lower sites, or choose another seed."
+    )
+
+
+def _draw(labels: Sequence[str], settings: PartitionSettings, generator: np.random.Generator) -> np.ndarray:
+    """Index of the site of every patient, int64 (patients,)."""
+    count = settings.sites
+    owner = np.zeros(len(labels), dtype=np.int64)
+    classes = sorted(set(labels)) if settings.kind == "dirichlet" else [None]
+    for name in classes:
+        ours = np.array([i for i, label in enumerate(labels) if name is None or label == name])
+        shares = np.full(count, 1 / count) if settings.kind == "iid" else generator.dirichlet([settings.alpha] * count)
+        bounds = np.floor(np.cumsum(shares)[:-1] * len(ours) + 0.5)
+        order = generator.permutation(len(ours))
+        owner[ours[order]] = np.searchsorted(bounds, np.arange(len(ours)), side="right")
+    return owner

@@ -1,0 +1,85 @@
+"""The devices of the phantoms: what a scanner or camera does to the same patient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyclinic.data.phantoms.canvas import Array
+
+
+@dataclass(frozen=True)
+class Device:
+    """How one device renders a patient; it never changes what the patient has."""
+
+    name: str
+    """Name in the study file."""
+    gain: float = 1.0
+    """Contrast about mid-grey; for CT the scale of air-to-water (a miscalibrated tube), a tenth as strong."""
+    gamma: float = 1.0
+    """Exponent of the grey values: below 1 brighter. Not for CT."""
+    blur: float = 0.0
+    """Deviation of the blur, as a fraction of the shorter side; half of it for CT."""
+    noise: float = 0.02
+    """Deviation of the noise: of the grey range, or of 1000 HU."""
+    thickness: float = 1.0
+    """Slice thickness in mm (CT)."""
+    cast: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Factors of red, green and blue (skin)."""
+
+
+DEVICES: dict[str, Device] = {
+    device.name: device
+    for device in (
+        Device("reference"),
+        Device("bright", gain=0.9, gamma=0.7, noise=0.02, thickness=2.0, cast=(1.0, 0.93, 0.80)),
+        Device("soft", gain=0.85, gamma=1.1, blur=0.014, noise=0.012, thickness=5.0, cast=(0.96, 0.96, 1.0)),
+        Device("grainy", gain=1.1, gamma=1.2, noise=0.055, thickness=1.0, cast=(0.80, 0.90, 1.0)),
+        Device("dark", gain=0.95, gamma=1.5, blur=0.006, noise=0.025, thickness=3.0, cast=(0.92, 0.78, 0.80)),
+        Device("hard", gain=1.35, gamma=0.95, noise=0.03, thickness=1.5, cast=(1.0, 1.0, 0.92)),
+    )
+}
+
+
+def photograph(picture: Array, device: Device, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """What ``device`` records of grey or colour values 0..1.
+
+    Args:
+        picture: Shape (C, H, W), 1 or 3 channels.
+        device: Which device.
+        rng: Stream of the noise.
+
+    Returns:
+        Same shape, 0 to 255.
+    """
+    values = _blurred(picture, device.blur * min(picture.shape[-2:]), axes=2)
+    values = (values - np.float32(0.5)) * np.float32(device.gain) + np.float32(0.5)
+    values = np.clip(values, 0, 1) ** np.float32(device.gamma)
+    if len(values) == 3:
+        values = values * np.asarray(device.cast, dtype=np.float32)[:, None, None]
+    values = values + np.float32(device.noise) * rng.standard_normal(values.shape, dtype=np.float32)
+    return np.asarray(np.clip(values * 255 + np.float32(0.5), 0, 255).astype(np.uint8))
+
+
+def scan(hounsfield: Array, device: Device, rng: np.random.Generator) -> Array:
+    """What ``device`` reconstructs of Hounsfield units, shape (D, H, W); whole numbers from -1024 to 3071, float32.
+
+    Thicker slices average more photons: the noise falls with the root of the thickness.
+    """
+    values = _blurred(hounsfield, device.blur / 2 * min(hounsfield.shape[-2:]), axes=2)
+    values = (values + 1000) * np.float32(1 + (device.gain - 1) / 10) - 1000
+    deviation = 1000 * device.noise / device.thickness**0.5
+    grain = rng.standard_normal(values.shape, dtype=np.float32)
+    values = values + np.float32(deviation) * grain
+    return np.asarray(np.clip(np.round(values), -1024, 3071), dtype=np.float32)
+
+
+def _blurred(values: Array, deviation: float, axes: int) -> Array:
+    if deviation < 0.15:
+        return values
+    from scipy.ndimage import gaussian_filter
+
+    sigma = (0.0,) * (values.ndim - axes) + (deviation,) * axes
+    return np.asarray(gaussian_filter(values, sigma, mode="nearest", truncate=3.0), dtype=np.float32)

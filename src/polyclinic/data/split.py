@@ -1,0 +1,170 @@
+"""Division into train, validation and test by patient.
+
+Two images belong to the same patient when they have the same patient id and share the site or the source (the folder
+or zip they come from). So the id "17" of two hospitals with separate folders is two patients, while a patient who
+appears at two sites of one common table stays on one side of the split at both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from polyclinic.data.manifest import SPLITS, Case
+from polyclinic.data.tables import save_table
+from polyclinic.errors import DataError
+from polyclinic.study import SplitSettings
+
+
+def patient_groups(cases: Sequence[Case]) -> list[list[int]]:
+    """Positions of each patient's cases.
+
+    Returns:
+        One list a patient, ordered by patient id, image and site, whatever the order of ``cases`` and wherever the
+        data lie.
+    """
+    parent: dict[tuple[str, str, str], tuple[str, str, str]] = {}
+
+    def root(key: tuple[str, str, str]) -> tuple[str, str, str]:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    anchors = []
+    for case in cases:
+        by_source = ("source", case.source, case.patient)
+        anchors.append(by_source)
+        if case.site:
+            parent[root(("site", case.site, case.patient))] = root(by_source)
+    groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for position, anchor in enumerate(anchors):
+        groups[root(anchor)].append(position)
+
+    def rank(group: list[int]) -> tuple[str, ...]:
+        return min((cases[i].patient, cases[i].image, cases[i].site, cases[i].source) for i in group)
+
+    return sorted(groups.values(), key=rank)
+
+
+def rarest_labels(cases: Sequence[Case], groups: Sequence[Sequence[int]]) -> list[str]:
+    """Each patient's rarest label, by the number of patients that have it; ties by name; empty for none."""
+    held = [sorted({name for i in group for name in cases[i].labels}) for group in groups]
+    count = Counter(name for names in held for name in names)
+    return [min(names, key=lambda name: (count[name], name), default="") for names in held]
+
+
+def seeded(seed: int, *names: str) -> np.random.Generator:
+    """A generator that depends on the seed and the names, nothing else."""
+    digest = hashlib.sha256("\0".join(names).encode()).digest()
+    return np.random.default_rng([seed, *np.frombuffer(digest[:16], dtype=np.uint32).tolist()])
+
+
+def split_cases(cases: Sequence[Case], settings: SplitSettings) -> list[Case]:
+    """Fill the split of every case that has none.
+
+    Site by site, patients are shuffled within their rarest label (``settings.stratify``) and dealt out by
+    ``settings.fractions``. A patient with a row that already has a split follows that row, at every site. A site with
+    at least two patients to divide gets one in train and one in test, with three also one in validation.
+
+    Returns:
+        The cases in the same order. The result does not depend on that order.
+    """
+    groups = patient_groups(cases)
+    chosen: dict[int, str] = {}
+    for index, group in enumerate(groups):
+        given = sorted({cases[i].split for i in group if cases[i].split})
+        if given:
+            chosen[index] = given[0]
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        for site in {cases[i].site for i in group}:
+            members[site].append(index)
+    for site in sorted(members):
+        open_ = [index for index in members[site] if index not in chosen]
+        labels = rarest_labels(cases, [groups[index] for index in open_])
+        strata = labels if settings.stratify else [""] * len(open_)
+        taken = {chosen[index] for index in members[site] if index in chosen}
+        chosen.update(_deal(open_, strata, settings, site, taken))
+    result = list(cases)
+    for index, group in enumerate(groups):
+        for i in group:
+            result[i] = replace(cases[i], split=cases[i].split or chosen[index])
+    return result
+
+
+def _deal(
+    patients: Sequence[int], strata: Sequence[str], settings: SplitSettings, site: str, taken: set[str]
+) -> dict[int, str]:
+    """Deal patients to the three parts, rarest stratum first, keeping the totals close to the fractions."""
+    fractions = np.asarray(settings.fractions)
+    dealt: list[list[int]] = [[], [], []]
+    sizes = Counter(strata)
+    done = 0
+    for stratum in sorted(sizes, key=lambda name: (sizes[name], name)):
+        ours = [p for p, s in zip(patients, strata, strict=True) if s == stratum]
+        order = seeded(settings.seed, site, stratum).permutation(len(ours))
+        counts = np.floor(fractions * len(ours) + 1e-9).astype(int)
+        done += len(ours)
+        while counts.sum() < len(ours):
+            lack = fractions * done - counts - [len(part) for part in dealt]
+            counts[0 if counts[0] == 0 else int(np.argmax(lack))] += 1
+        bounds = np.cumsum(counts)
+        for rank, position in enumerate(order):
+            dealt[int(np.searchsorted(bounds, rank, side="right"))].append(ours[position])
+    for part in (0, 2, 1):
+        largest = max(range(3), key=lambda k: len(dealt[k]))
+        wanted = fractions[part] > 0 and SPLITS[part] not in taken and not dealt[part]
+        if wanted and len(dealt[largest]) > 1:
+            dealt[part].append(dealt[largest].pop())
+    return {patient: SPLITS[part] for part in range(3) for patient in dealt[part]}
+
+
+def check_split(cases: Sequence[Case], settings: SplitSettings | None = None) -> None:
+    """Refuse a patient on both sides of a split, and a site that lacks a part.
+
+    Args:
+        cases: Cases of any number of sites, with their splits.
+        settings: Validation may be empty only where its fraction is 0; without settings it may not.
+
+    Raises:
+        DataError: Names the patient with two of its rows, or the site with its counts.
+    """
+    for group in patient_groups(cases):
+        splits = {cases[i].split: cases[i] for i in reversed(group)}
+        if len(splits) > 1:
+            one, two = sorted(splits.values(), key=lambda case: case.split)[:2]
+            raise DataError(
+                f"site '{one.site}': patient {one.patient!r} is on both sides of the split: {_place(one)} is "
+                f"{one.split!r}, {_place(two)} is {two.split!r}. Give all images of a patient the same split, or "
+                "leave the split column empty."
+            )
+    need_val = settings is None or settings.fractions[1] > 0
+    for site in sorted({case.site for case in cases}):
+        ours = [case for case in cases if case.site == site]
+        counts = {part: len({case.patient for case in ours if case.split == part}) for part in SPLITS}
+        for part in SPLITS:
+            if counts[part] == 0 and (part != "val" or need_val):
+                have = ", ".join(f"{name} {count}" for name, count in counts.items())
+                remedy = "give it more patients"
+                if part == "val":
+                    remedy += " or set the second of data.split.fractions to 0"
+                raise DataError(
+                    f"site '{site}' has no {part} patient ({have}; {len(ours)} images). "
+                    f"A site needs each part: {remedy}."
+                )
+
+
+def _place(case: Case) -> str:
+    return f"{case.where} (site '{case.site}')" if case.where else case.image_id
+
+
+def write_splits(sites: Mapping[str, Iterable[Case]], path: Path) -> None:
+    """Write ``site,image,patient,split`` of every case, for the results folder."""
+    rows = [(site, case.image_id, case.patient, case.split) for site in sorted(sites) for case in sites[site]]
+    save_table(path, ("site", "image", "patient", "split"), rows)

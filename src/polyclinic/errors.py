@@ -1,0 +1,38 @@
+"""The errors that Polyclinic raises on purpose. Each says what is wrong, where, and what to do.
+
+PolyclinicError
+├── StudyError        the study file: unknown key, wrong type, impossible combination
+├── DataError         images, labels, masks, tables, splits
+├── SiteError         a site could not do what it was asked
+├── UndeclaredError   something was about to leave a site that the method did not declare
+├── MessageError      a message that is damaged, too large, or not in our form
+└── RunError          the results folder: cannot be written, does not match, is not finished
+"""
+
+
+class PolyclinicError(Exception):
+    """Root of all errors that the command line prints without a traceback."""
+
+
+class StudyError(PolyclinicError):
+    """The study file is wrong."""
+
+
+class DataError(PolyclinicError):
+    """The data are wrong: a table, an image, a label, a mask or a split."""
+
+
+class SiteError(PolyclinicError):
+    """A site failed in an op; the message names the site, the op and the cause."""
+
+
+class UndeclaredError(SiteError):
+    """A site handler tried to send something that its method did not declare."""
+
+
+class MessageError(PolyclinicError):
+    """A received message is damaged, too large or not in our form."""
+
+
+class RunError(PolyclinicError):
+    """A results folder cannot be written, does not match the study or is incomplete."""

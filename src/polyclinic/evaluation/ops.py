@@ -1,0 +1,162 @@
+"""How every method is judged, over the same channel: sites judge, the server hears numbers.
+
+``evaluate`` measures the deployed model on validation images after a round, ``keep`` makes a site remember it as the
+best so far, and ``test`` reports on the test images, once, at the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from polyclinic.evaluation.classification import classification_metrics
+from polyclinic.evaluation.inference import example_pictures, predict_cases, probabilities
+from polyclinic.evaluation.names import lower_is_better
+from polyclinic.evaluation.predictions import Predictions, write_predictions
+from polyclinic.evaluation.summary import SiteResult, site_result
+from polyclinic.federation.message import Message
+from polyclinic.federation.site import Leaf, Op, Site
+from polyclinic.models.weights import save_tensors
+from polyclinic.seeds import generator
+
+if TYPE_CHECKING:
+    from polyclinic.federation.channel import Channel
+    from polyclinic.federation.state import ServerState
+    from polyclinic.methods.base import Method
+
+
+def evaluation_ops(method: Method) -> dict[str, Op]:
+    """The site's side for this method."""
+
+    def evaluate(site: Site, message: Message) -> Message:
+        if len(site.data.splits["val"]) == 0:
+            return Message()
+        method.deploy(site, message)
+        if method.personal:
+            site.state.save("candidate", site.tensors)
+        return Message(scalars={f"val/{name}": value for name, value in _validation_metrics(site).items()})
+
+    def keep(site: Site, message: Message) -> Message:
+        if site.state.load("candidate") is None:
+            method.deploy(site, message)
+            site.state.save("candidate", site.tensors)
+        site.state.promote("candidate", "chosen")
+        return Message()
+
+    def test(site: Site, message: Message) -> Message:
+        if method.personal:
+            kept = site.state.load("chosen")
+            assert kept is not None, "the runner keeps a model before it tests"
+            site.load(kept[0])
+            save_tensors(_made(site, "models") / f"{site.name}.safetensors", site.tensors)
+        else:
+            method.deploy(site, message)
+        return _test(site)
+
+    metrics = (Leaf("val/*", "scalar", "images"),)
+    report = (
+        Leaf("test/*", "scalar", "images"),
+        Leaf("notes", "scalar", "labels"),
+        Leaf("images", "scalar", "counts"),
+        Leaf("patients", "scalar", "counts"),
+        Leaf("replicates", "array", "images"),
+    )
+    return {"evaluate": Op(evaluate, metrics), "keep": Op(keep, ()), "test": Op(test, report)}
+
+
+def validate(method: Method, channel: Channel, state: ServerState) -> dict[str, dict[str, float]]:
+    """Metrics of the deployed model on each site's validation images; sites without any are left out."""
+    message = method.deployment(state)
+    found = {}
+    for site, reply in channel.stream("evaluate", dict.fromkeys(channel.sites, message)):
+        metrics = {name.removeprefix("val/"): float(value) for name, value in reply.scalars.items()}
+        if metrics:
+            found[site] = metrics
+    return found
+
+
+def choose(method: Method, channel: Channel, state: ServerState, found: Mapping[str, Mapping[str, float]]) -> None:
+    """Keep this round's model if it is the best so far, or if the study keeps the last."""
+    settings = method.study.evaluation
+    metric = settings.metric
+    if metric == "auto":
+        metric = "dice" if method.study.task.kind == "segmentation" else "loss"
+    values = [m[metric] for m in found.values() if not np.isnan(m.get(metric, np.nan))]
+    score = float(np.mean(values)) * (-1 if lower_is_better(metric) else 1) if values else None
+    best = state.scalars.get("best_score")
+    number = channel.round
+    better = score is not None and (best is None or score > float(best))
+    if settings.select == "best" and not better and "chosen_round" in state.scalars:
+        return
+    if score is not None:
+        state.scalars["best_score"] = score
+    state.scalars["chosen_round"] = number
+    if method.personal:
+        channel.call("keep", dict.fromkeys(channel.sites, method.deployment(state)))
+    else:
+        state.groups["chosen"] = method.deployment(state).group("model")
+
+
+def report_test(method: Method, channel: Channel, state: ServerState) -> dict[str, SiteResult]:
+    """Let every site judge the kept model on its test images."""
+    message = Message.pack({} if method.personal else {"model": state.groups["chosen"]})
+    results = {}
+    for site, reply in channel.stream("test", dict.fromkeys(channel.sites, message)):
+        metrics = {k.removeprefix("test/"): float(v) for k, v in reply.scalars.items() if k.startswith("test/")}
+        results[site] = SiteResult(
+            metrics=metrics,
+            notes=json.loads(str(reply.scalars["notes"])),
+            replicates={name: array.numpy() for name, array in reply.group("replicates").items()},
+            images=int(reply.scalars["images"]),
+            patients=int(reply.scalars["patients"]),
+        )
+    return results
+
+
+def _validation_metrics(site: Site) -> dict[str, float]:
+    """All metrics for classification; loss and Dice for segmentation, where distances would cost too much."""
+    batch_size = site.study.evaluation.batch_size
+    if site.task.kind != "segmentation":
+        found = predict_cases(site.model, site.data, site.task, ["val"], batch_size)
+        assert isinstance(found, Predictions)
+        values = classification_metrics(found.targets, found.probabilities, site.task.kind == "multi-label")
+        return {name: value for name, value in values.items() if not np.isnan(value)}
+    from monai.metrics import compute_dice
+
+    dice = []
+    for part, p in probabilities(site.model, site.data, site.task, site.data.splits["val"], batch_size):
+        classes = range(1, p.shape[1])
+        masks = [torch.stack([m == k for k in classes], 1).float() for m in (p.argmax(1), site.data.targets[part])]
+        dice.append(compute_dice(*masks, include_background=True, ignore_empty=False))
+    return {"dice": float(torch.cat(dice).mean())}
+
+
+def _test(site: Site) -> Message:
+    settings = site.study.evaluation
+    predictions = predict_cases(site.model, site.data, site.task, ["val", "test"], settings.batch_size)
+    folder = _made(site, "predictions")
+    write_predictions(folder / f"{site.name}.csv", predictions, site.study.task.classes)
+    if settings.examples:
+        rng = generator(0, "examples", site.name)
+        pictures = example_pictures(site.model, site.data, site.task, settings.examples, rng)
+        np.savez_compressed(folder / f"{site.name}.examples.npz", **pictures)  # type: ignore[arg-type]
+    result = site_result(site.name, predictions, site.study.task, settings)
+    replicates = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in result.replicates.items()}
+    return Message.pack(
+        {"replicates": replicates},
+        notes=json.dumps(result.notes),
+        images=result.images,
+        patients=result.patients,
+        **{f"test/{name}": value for name, value in result.metrics.items()},
+    )
+
+
+def _made(site: Site, name: str) -> Path:
+    folder = site.folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

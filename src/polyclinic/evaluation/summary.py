@@ -1,0 +1,299 @@
+"""From predictions to the table: per site, mean over sites, worst site, and paired differences between methods.
+
+Test images only report: the thresholds come from validation images. Every number has replicates of the patient
+bootstrap, and intervals of means, worst sites and differences are made from those of the sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from polyclinic.evaluation.bootstrap import (
+    UNDEFINED_SHARE,
+    classification_replicates,
+    interval,
+    patient_weights,
+)
+from polyclinic.evaluation.classification import (
+    checked,
+    classification_metrics,
+    one_vs_rest,
+    specificity_thresholds,
+)
+from polyclinic.evaluation.names import lower_is_better, metric_label
+from polyclinic.evaluation.predictions import CaseScores, Predictions
+from polyclinic.evaluation.segmentation import segmentation_metrics, segmentation_replicates
+from polyclinic.seeds import generator
+from polyclinic.study import EvaluationSettings, TaskSettings
+
+Runs = Mapping[int, Mapping[str, "SiteResult"]]
+"""Site results by seed, then site."""
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """How one model did on one site's test images."""
+
+    metrics: dict[str, float]
+    """NaN where the images cannot define the metric."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know: undefined metrics, lost classes, missing validation images."""
+    replicates: dict[str, np.ndarray] = field(default_factory=dict)
+    """float64 ``[B]`` by metric; replicate b uses the same patients in every run."""
+    images: int = 0
+    """Number of test images."""
+    patients: int = 0
+    """Number of their patients."""
+
+
+def site_result(
+    site: str, predictions: Predictions | CaseScores, task: TaskSettings, settings: EvaluationSettings
+) -> SiteResult:
+    """Judge one site's test images; thresholds from its validation images.
+
+    Args:
+        site: Its name, the key of the bootstrap.
+        predictions: Validation and test rows of that site.
+        task: Kind and classes.
+        settings: Number of replicates.
+    """
+    test = predictions.of_split("test")
+    weights = patient_weights(test.patients, settings.bootstrap, key=site)
+    if isinstance(test, CaseScores):
+        metrics = segmentation_metrics(test, task.classes)
+        replicates = segmentation_replicates(test, task.classes, weights)
+        notes = [] if test.images else ["no test images: nothing is defined"]
+    else:
+        validation = predictions.of_split("val")
+        if not isinstance(validation, Predictions):
+            raise TypeError("a table of predictions cannot change its kind")
+        multilabel = task.kind == "multi-label"
+        source = (validation.targets, validation.probabilities)
+        thresholds = specificity_thresholds(*source, multilabel)
+        metrics = classification_metrics(test.targets, test.probabilities, multilabel, source)
+        replicates = classification_replicates(test.targets, test.probabilities, multilabel, weights, thresholds)
+        notes = _classification_notes(test, thresholds, task)
+    notes += _interval_notes(metrics, replicates)
+    return SiteResult(metrics, notes, replicates, len(test.images), len(set(test.patients)))
+
+
+def summarise(site_results: Mapping[str, SiteResult], confidence: float = 0.95) -> dict[str, Any]:
+    """The table of one run, ready for JSON (None stands for undefined).
+
+    The mean and the worst site are over the sites where the metric is defined. Replicate b of the mean is the mean of
+    the sites' replicates b, and of the worst site the worst of them.
+
+    Returns:
+        ``sites``: ``{site: {metric: {value, low, high, n}}}``; ``mean``: ``{metric: {value, low, high}}``;
+        ``worst``: the same with ``site``; ``notes``: metrics undefined at a site.
+    """
+    return table({0: site_results}, confidence)
+
+
+def table(runs: Runs, confidence: float = 0.95) -> dict[str, Any]:
+    """The table of one method over its seeds: values are means over seeds, else as ``summarise``.
+
+    With several seeds each replicate also draws the seeds with replacement, so that intervals cover both patients and
+    training.
+    """
+    _check_sites({"run": runs})
+    first = next(iter(runs.values()))
+    drawn = _seed_draws(len(runs), _replicate_count(runs))
+    result: dict[str, Any] = {"sites": {site: {} for site in first}, "mean": {}, "worst": {}, "notes": []}
+    for metric in _metrics([runs]):
+        sites = _defined_sites([runs], metric)
+        left_out = [site for site in first if site not in sites]
+        if left_out and sites:
+            result["notes"].append(_left_out_note(metric, left_out))
+        for site in first:
+            cell = _cell(*_over_seeds(runs, metric, _at(site), drawn), confidence)
+            result["sites"][site][metric] = cell | {"n": first[site].images}
+        for where, pick in (("mean", _mean_of(sites)), ("worst", _worst_of(sites, metric))):
+            result[where][metric] = _cell(*_over_seeds(runs, metric, pick, drawn), confidence)
+        values = {site: np.mean([run[site].metrics[metric] for run in runs.values()]) for site in sites}
+        extreme = max if lower_is_better(metric) else min
+        result["worst"][metric]["site"] = extreme(values, key=lambda site: values[site]) if values else None
+    return result
+
+
+def differences(runs: Mapping[str, Runs], baseline: str, confidence: float = 0.95) -> list[dict[str, Any]]:
+    """Paired differences ``method - baseline`` with intervals, for the mean, the worst site and each site.
+
+    Paired by patient (the same replicate weights) and by seed: with several seeds each replicate draws seeds with
+    replacement and averages, over them, method minus baseline of the same seed. Mean and worst are over the
+    sites where the metric is defined for both methods with every seed; others are named in the row's note.
+
+    Args:
+        runs: ``{method: {seed: {site: SiteResult}}}``, all with the same sites and number of replicates.
+        baseline: One of the methods.
+        confidence: Level of the intervals.
+
+    Returns:
+        Rows ``{method, baseline, where, metric, value, low, high, seeds, note}``, None for undefined. For a metric
+        of ``LOWER_IS_BETTER`` a negative value is a gain.
+
+    Raises:
+        ValueError: The baseline is none of the methods, sites differ, or methods share no seed.
+    """
+    if baseline not in runs:
+        raise ValueError(f"baseline {baseline!r} is none of the methods {', '.join(runs)}")
+    _check_sites(runs)
+    rows: list[dict[str, Any]] = []
+    for method in runs:
+        if method == baseline:
+            continue
+        seeds = sorted(set(runs[method]) & set(runs[baseline]))
+        if not seeds:
+            raise ValueError(f"{method} and {baseline} share no seed: differences are paired by seed")
+        pair = [{seed: runs[name][seed] for seed in seeds} for name in (method, baseline)]
+        head = {"method": method, "baseline": baseline}
+        rows += [head | row for row in _pair_rows(pair[0], pair[1], confidence)]
+    return rows
+
+
+def _pair_rows(ours: Runs, theirs: Runs, confidence: float) -> list[dict[str, Any]]:
+    drawn = _seed_draws(len(ours), min(_replicate_count(ours), _replicate_count(theirs)))
+    places = list(next(iter(ours.values())))
+    rows = []
+    for metric in _metrics([ours, theirs]):
+        sites = _defined_sites([ours, theirs], metric)
+        left_out = [site for site in places if site not in sites]
+        picks = {"mean": _mean_of(sites), "worst": _worst_of(sites, metric)} | {site: _at(site) for site in places}
+        for where, pick in picks.items():
+            value, replicates = _over_seeds(ours, metric, pick, drawn)
+            other, other_replicates = _over_seeds(theirs, metric, pick, drawn)
+            cell = _cell(value - other, replicates - other_replicates, confidence)
+            note = _left_out_note(metric, left_out) if left_out and where in ("mean", "worst") else ""
+            rows.append({"where": where, "metric": metric} | cell | {"seeds": len(ours), "note": note})
+    return rows
+
+
+Pick = Callable[[Mapping[str, SiteResult], str], tuple[float, np.ndarray]]
+
+
+def _at(site: str) -> Pick:
+    return lambda run, metric: (run[site].metrics[metric], run[site].replicates[metric])
+
+
+def _mean_of(sites: Sequence[str]) -> Pick:
+    return lambda run, metric: _combine(run, metric, sites, np.mean)
+
+
+def _worst_of(sites: Sequence[str], metric: str) -> Pick:
+    return lambda run, metric: _combine(run, metric, sites, np.max if lower_is_better(metric) else np.min)
+
+
+def _combine(
+    run: Mapping[str, SiteResult], metric: str, sites: Sequence[str], how: Callable[..., Any]
+) -> tuple[float, np.ndarray]:
+    if not sites:
+        count = len(next(iter(run.values())).replicates[metric])
+        return float("nan"), np.full(count, np.nan)
+    values = how([run[site].metrics[metric] for site in sites])
+    return float(values), np.asarray(how(np.stack([run[site].replicates[metric] for site in sites]), axis=0))
+
+
+def _over_seeds(runs: Runs, metric: str, pick: Pick, drawn: np.ndarray) -> tuple[float, np.ndarray]:
+    """Mean over seeds, and per replicate the mean over the seeds it drew (``drawn``: counts ``[B, S]``)."""
+    picked = [pick(run, metric) for run in runs.values()]
+    values = np.stack([replicates[: len(drawn)] for _, replicates in picked], axis=1)
+    with_drawn = np.where(drawn > 0, values * drawn, 0.0)
+    return float(np.mean([value for value, _ in picked])), with_drawn.sum(axis=1) / drawn.sum(axis=1)
+
+
+def _seed_draws(seeds: int, replicates: int) -> np.ndarray:
+    """How often each seed counts in each replicate, ``[B, S]``: the same for all methods."""
+    if seeds == 1:
+        return np.ones((replicates, 1))
+    return generator(0, "seeds").multinomial(seeds, np.full(seeds, 1 / seeds), size=replicates).astype(np.float64)
+
+
+def _replicate_count(runs: Runs) -> int:
+    results = [result for run in runs.values() for result in run.values()]
+    return min((len(values) for result in results for values in result.replicates.values()), default=0)
+
+
+def _metrics(several: Sequence[Runs]) -> list[str]:
+    results = [result for runs in several for run in runs.values() for result in run.values()]
+    common = set.intersection(*(set(result.metrics) for result in results))
+    return [metric for metric in results[0].metrics if metric in common]
+
+
+def _defined_sites(several: Sequence[Runs], metric: str) -> list[str]:
+    names = list(next(iter(several[0].values())))
+    every = [run for runs in several for run in runs.values()]
+    return [site for site in names if not any(np.isnan(run[site].metrics[metric]) for run in every)]
+
+
+def _check_sites(runs: Mapping[str, Runs]) -> None:
+    wanted: set[str] | None = None
+    for method, seeds in runs.items():
+        for seed, sites in seeds.items():
+            wanted = set(sites) if wanted is None else wanted
+            if set(sites) != wanted or not sites:
+                raise ValueError(
+                    f"{method} with seed {seed} has results of sites {sorted(sites)}, others of {sorted(wanted)}: "
+                    "methods are compared on the same sites"
+                )
+    if wanted is None:
+        raise ValueError("there are no results to summarise")
+
+
+def _cell(value: float, replicates: np.ndarray, confidence: float) -> dict[str, float | None]:
+    bounds = interval(replicates, confidence)
+    if np.isnan(value):
+        return {"value": None, "low": None, "high": None}
+    return {"value": value, "low": _or_none(bounds.low), "high": _or_none(bounds.high)}
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _left_out_note(metric: str, sites: Sequence[str]) -> str:
+    return f"{metric_label(metric)} is undefined at {', '.join(sites)}: left out of the mean and the worst site"
+
+
+def _classification_notes(test: Predictions, thresholds: np.ndarray, task: TaskSettings) -> list[str]:
+    if not test.images:
+        return ["no test images: nothing is defined"]
+    broken = int((~np.isfinite(test.probabilities).all(axis=1)).sum())
+    if broken:
+        return [f"{broken} of {len(test.images)} test images have probabilities that are not finite: did it diverge?"]
+    multilabel = task.kind == "multi-label"
+    targets, probabilities = checked(test.targets, test.probabilities, multilabel)
+    truth, _, asked = one_vs_rest(targets, probabilities, multilabel)
+    notes = []
+    absent = [task.classes[k] for q, k in enumerate(asked) if not truth[:, q].any()]
+    only = [task.classes[k] for q, k in enumerate(asked) if truth[:, q].all()]
+    if len(task.classes) == 2 and not multilabel:
+        absent, only = [], [task.classes[int(targets[0])]] if absent or only else []
+    if only:
+        notes.append(f"every test image is {', '.join(only)}: there is nothing to rank it against")
+    if absent:
+        notes.append(f"no test image of {', '.join(absent)}: left out of the means over classes")
+    if bool((truth.all(axis=0) | ~truth.any(axis=0)).all()):
+        notes.append("AUROC, AUPRC and the threshold metrics are undefined")
+    missing = [task.classes[k] for q, k in enumerate(asked) if np.isnan(thresholds[q])]
+    if missing:
+        notes.append(f"no validation image outside {', '.join(missing)} to choose a threshold on")
+    return notes
+
+
+def _interval_notes(metrics: Mapping[str, float], replicates: Mapping[str, np.ndarray]) -> list[str]:
+    shares = {
+        metric_label(name): float(np.isnan(values).mean())
+        for name, values in replicates.items()
+        if len(values) and not np.isnan(metrics[name])
+    }
+    lost = {name: share for name, share in shares.items() if share > UNDEFINED_SHARE}
+    if not lost:
+        return []
+    worst = max(lost.values())
+    return [
+        f"no interval for {', '.join(lost)}: undefined in {worst:.0%} of the resamples (too few patients of a class)"
+    ]

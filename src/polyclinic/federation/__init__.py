@@ -1,0 +1,1 @@
+"""How server and sites talk: messages, channels, and the site's side of an op."""

@@ -1,0 +1,204 @@
+"""The site's side of an op: its data, its state, the workbench network, and the guard at its door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.errors import SiteError, UndeclaredError
+from polyclinic.federation.message import Message
+from polyclinic.federation.state import SiteState
+from polyclinic.models.normalisation import shared_names
+from polyclinic.models.weights import load_tensors, shared_tensors, snapshot
+from polyclinic.seeds import derive_seed
+from polyclinic.study import Study, nearest
+from polyclinic.training import AdjustGradients, TrainingResult, learning_rate, train
+
+if TYPE_CHECKING:
+    from polyclinic.data.dataset import SiteData
+    from polyclinic.tasks import Task
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One thing that leaves a site in an op: a group of arrays or a scalar (``group/*`` for a family of scalars)."""
+
+    name: str
+    kind: Literal["sum", "array", "scalar"]
+    """``sum``: arrays that leave only through the secure sum. ``array``: arrays that leave as they are."""
+    derived_from: Literal["images", "labels", "counts", "nothing"]
+    """The most sensitive thing it is computed from."""
+
+
+Handler = Callable[["Site", Message], Message]
+
+
+@dataclass(frozen=True)
+class Op:
+    """What a site does when it is called, and all that may leave it then."""
+
+    run: Handler
+    leaves: tuple[Leaf, ...]
+
+
+class Workbench:
+    """The one network of a process, which sites load their weights into in turn.
+
+    Args:
+        build: Makes the network with its start weights; the same each time.
+        device: Where it runs.
+    """
+
+    def __init__(self, build: Callable[[], nn.Module], device: str) -> None:
+        self._build = build
+        self.device = torch.device(device)
+        self.model = build().to(self.device)
+        self.tensors = shared_tensors(self.model, shared_names(self.model, "batch"))
+
+    @cached_property
+    def initial(self) -> dict[str, Tensor]:
+        """The start weights, made anew when first asked for."""
+        return snapshot(shared_tensors(self._build().to(self.device), self.tensors))
+
+
+class Site:
+    """One hospital in an op: what handlers get as their first argument.
+
+    Attributes:
+        name: Of the site.
+        study: The study that all sites know.
+        data: Its images.
+        task: What is predicted.
+        state: What it remembers between rounds.
+        folder: Where it writes predictions.
+        round: The round of the current op.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        study: Study,
+        data: SiteData,
+        task: Task,
+        *,
+        workbench: Workbench,
+        ops: Mapping[str, Op],
+        folder: Path,
+    ) -> None:
+        self.name, self.study, self.data, self.task = name, study, data, task
+        self.state = SiteState(folder / "state" / name)
+        self.folder = folder
+        self.round = 0
+        self._bench = workbench
+        self._ops = ops
+
+    def handle(self, op: str, number: int, message: Message) -> Message:
+        """Answer one call; nothing leaves that the op did not declare.
+
+        Raises:
+            SiteError: There is no such op.
+            UndeclaredError: The answer holds something that the op did not declare.
+        """
+        if op not in self._ops:
+            raise SiteError(f"site {self.name!r} has no op {op!r}.{nearest(op, list(self._ops))}")
+        self.round = number
+        self.state.begin_round(number)
+        reply = self._ops[op].run(self, message)
+        check_declared(self.name, op, self._ops[op].leaves, reply)
+        return reply
+
+    @property
+    def model(self) -> nn.Module:
+        """The workbench network; what it holds is undefined at the start of an op."""
+        return self._bench.model
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Live view of the network's float parameters and buffers, by name."""
+        return self._bench.tensors
+
+    @property
+    def initial(self) -> Mapping[str, Tensor]:
+        """The start weights that every site derives from the study's seed."""
+        return self._bench.initial
+
+    @property
+    def images(self) -> int:
+        """Number of training images."""
+        return len(self.data.splits["train"])
+
+    @property
+    def weight(self) -> float:
+        """The site's weight in sums over sites, as ``aggregation.weight`` of the study says."""
+        kind = self.study.aggregation.weight
+        if kind == "uniform":
+            return 1.0
+        return float(self.images if kind == "images" else len(set(self.data.patients("train"))))
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors into the workbench network; the others keep their values."""
+        load_tensors(self.model, tensors)
+
+    def update(self, received: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What training changed: network minus ``received``, for the names in ``received``."""
+        names = list(received)
+        with torch.no_grad():
+            changes = torch._foreach_sub([self.tensors[n] for n in names], [received[n] for n in names])
+        return dict(zip(names, changes, strict=True))
+
+    def train(
+        self,
+        *,
+        purpose: str = "train",
+        epochs: int | None = None,
+        steps: int | None = None,
+        lr: float | None = None,
+        adjust: AdjustGradients | None = None,
+    ) -> TrainingResult:
+        """Train the workbench network on this site's training images, by default as the study says.
+
+        Args:
+            purpose: Names the stream of randomness, so that two trainings in a round draw differently.
+            epochs: Instead of the study's number.
+            steps: Instead of the study's number.
+            lr: Instead of the study's rate for this round.
+            adjust: Changes the gradients before each step.
+        """
+        settings = self.study.training
+        if epochs is not None or steps is not None:
+            settings = settings.model_copy(update={"epochs": epochs or 1, "steps": steps})
+        rate = learning_rate(self.study.training, self.round, self.study.method.rounds) if lr is None else lr
+        seed = derive_seed(self.study.seed, self.name, self.round, purpose)
+        return train(self.model, self.data, self.task, settings, lr=rate, seed=seed, adjust=adjust)
+
+
+def check_declared(site: str, op: str, leaves: tuple[Leaf, ...], reply: Message) -> None:
+    """Refuse a reply that holds a group of arrays or a scalar not among ``leaves``.
+
+    Raises:
+        UndeclaredError: Names the site, the op and what was not declared.
+    """
+    arrays = {leaf.name for leaf in leaves if leaf.kind != "scalar"}
+    scalars = {leaf.name for leaf in leaves if leaf.kind == "scalar"}
+    families = tuple(name[:-1] for name in scalars if name.endswith("/*"))
+    for group in reply.groups():
+        if group not in arrays:
+            raise UndeclaredError(_undeclared(site, op, f"arrays {group!r}", sorted(arrays)))
+    for name in reply.scalars:
+        if name not in scalars and not (families and name.startswith(families)):
+            raise UndeclaredError(_undeclared(site, op, f"scalar {name!r}", sorted(scalars)))
+
+
+def _undeclared(site: str, op: str, what: str, declared: list[str]) -> str:
+    return (
+        f"site {site!r}, op {op!r}: the answer holds {what}, which the method does not declare "
+        f"(declared: {', '.join(declared) or 'nothing'}). It was not sent. Declare it in the method's leaves."
+    )
+
+

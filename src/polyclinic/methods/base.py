@@ -1,0 +1,121 @@
+"""What every method is: settings, a server script over rounds, site ops with declared leaves, and a deployed model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from polyclinic.federation.channel import Channel
+from polyclinic.federation.message import Message
+from polyclinic.federation.site import Leaf, Op, Site
+from polyclinic.federation.state import ServerState
+from polyclinic.models.normalisation import shared_names
+from polyclinic.secure.sum import SecureSum
+from polyclinic.seeds import generator
+from polyclinic.study import Settings, Study
+
+
+class MethodParams(Settings):
+    """Settings that every method has."""
+
+    name: str
+    rounds: int = Field(10, ge=1)
+    """Communication rounds."""
+    participation: float = Field(1.0, gt=0, le=1)
+    """Share of the sites that train in a round, drawn anew each round (at least one)."""
+
+
+class Method(ABC):
+    """A method: one file with both sides.
+
+    A subclass gives ``Params``, ``title``, ``reference``, ``server`` and ``ops``; what it leaves out is FedAvg's: all
+    float tensors but local running statistics are shared, and the global model is what a site deploys.
+    """
+
+    Params: ClassVar[type[MethodParams]]
+    title: ClassVar[str]
+    """The method in a few words, for listings."""
+    reference: ClassVar[str]
+    """Authors, venue and arXiv number of the paper."""
+    needs: ClassVar[str] = ""
+    """What a study must have for this method, for listings; ``check`` enforces it."""
+    simulation_only: ClassVar[bool] = False
+    """True where the server script needs what no federation gives."""
+    personal: bool = False
+    """True where sites deploy models of their own, which they then keep themselves."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.personal = self.personal or study.model.norm == "batch-local"
+
+    @classmethod
+    def check(cls, study: Study) -> None:
+        """Raise StudyError for settings that cannot work with this method."""
+
+    @abstractmethod
+    def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
+        """Train: one ``yield`` per finished round, with all that the next round needs in ``state``.
+
+        ``state["model"]`` holds the shared tensors when training starts; after a restart the generator is made anew
+        from the last saved state.
+        """
+
+    @abstractmethod
+    def ops(self) -> dict[str, Op]:
+        """What sites do, by op."""
+
+    def shared(self, model: nn.Module) -> list[str]:
+        """Names of the tensors that leave a site."""
+        return shared_names(model, self.study.model.norm)
+
+    def deployment(self, state: ServerState) -> Message:
+        """What the server sends to a site that wants to use the model."""
+        return Message.pack({"model": state.groups["model"]})
+
+    def deploy(self, site: Site, message: Message) -> None:
+        """Load into the site's network the model that it would use now."""
+        load_global(site, message)
+
+
+def load_global(site: Site, message: Message) -> dict[str, Tensor]:
+    """Load the received model; tensors that are not shared come from the site's own memory, else the start weights.
+
+    Returns:
+        The received tensors, the point that the site's update is measured from.
+    """
+    received = message.group("model")
+    if len(received) < len(site.tensors):
+        kept = site.state.load("local")
+        own = kept[0] if kept else site.initial
+        site.load({name: own[name] for name in site.tensors if name not in received})
+    site.load(received)
+    return received
+
+
+def keep_local(site: Site, received: Mapping[str, Tensor]) -> None:
+    """Remember the tensors that are not shared."""
+    own = {name: tensor for name, tensor in site.tensors.items() if name not in received}
+    if own:
+        site.state.save("local", own)
+
+
+def draw_cohort(study: Study, sites: Sequence[str], number: int) -> list[str]:
+    """The sites that train in round ``number``: a share ``participation`` of the roster, without replacement."""
+    count = max(1, round(study.method.participation * len(sites)))
+    if count == len(sites):
+        return list(sites)
+    rng = generator(study.seed, "cohort", number)
+    return sorted(rng.choice(sorted(sites), size=count, replace=False).tolist())
+
+
+TRAINED = (
+    Leaf("loss", "scalar", "images"),
+    Leaf("weight/*", "scalar", "counts"),
+)
+"""Leaves of an ordinary training op beside its arrays."""
+
+__all__ = ["TRAINED", "Leaf", "Method", "MethodParams", "Op", "draw_cohort", "keep_local", "load_global"]

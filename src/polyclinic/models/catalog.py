@@ -1,0 +1,130 @@
+"""The networks that a study can name. Imports neither torch nor MONAI, so that lists and checks are instant."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from polyclinic.errors import StudyError
+
+TaskKind = Literal["multi-class", "multi-label", "segmentation"]
+CLASSIFICATION: tuple[TaskKind, ...] = ("multi-class", "multi-label")
+SEGMENTATION: tuple[TaskKind, ...] = ("segmentation",)
+MOST_CHOICES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What the registry knows of one network before it is built."""
+
+    name: str
+    """As in ``model.name``."""
+    description: str
+    """One line for ``polyclinic methods``."""
+    builder: str
+    """``module:function``, called with in_channels, out_channels, spatial_dims, norm and the options."""
+    dims: tuple[int, ...]
+    """2 for images, 3 for volumes."""
+    tasks: tuple[TaskKind, ...]
+    """Kinds of task it can do."""
+    tap: str = ""
+    """Module whose output map, averaged over space, is the penultimate feature; empty: none."""
+    width: bool = False
+    """Takes ``model.width``."""
+
+
+NETWORKS: dict[str, Network] = {
+    network.name: network
+    for network in (
+        Network(
+            "small-cnn",
+            "four convolutions, made for fast trials on a CPU",
+            "polyclinic.models.small_cnn:small_cnn",
+            (2, 3),
+            CLASSIFICATION,
+            tap="blocks",
+            width=True,
+        ),
+        Network(
+            "mobilenet",
+            "MobileNetV2 at half width (options: alpha, stem_stride, dropout)",
+            "polyclinic.models.mobilenet:mobilenet",
+            (2,),
+            CLASSIFICATION,
+            tap="features",
+        ),
+        Network(
+            "resnet18",
+            "ResNet-18 (MONAI); for images below 64 px set conv1_t_size: 3, conv1_t_stride: 1, no_max_pool: true",
+            "polyclinic.models.monai_networks:resnet18",
+            (2, 3),
+            CLASSIFICATION,
+            tap="layer4",
+        ),
+        Network(
+            "densenet121",
+            "DenseNet-121 (MONAI)",
+            "polyclinic.models.monai_networks:densenet121",
+            (2, 3),
+            CLASSIFICATION,
+            tap="class_layers.relu",
+        ),
+        Network(
+            "densenet3d",
+            "the small 3D DenseNet of PPPML-HMI (MONAI blocks; option head_dropout)",
+            "polyclinic.models.monai_networks:densenet3d",
+            (3,),
+            CLASSIFICATION,
+            tap="class_layers.relu",
+        ),
+        Network(
+            "unet",
+            "U-Net with four poolings (MONAI BasicUNet)",
+            "polyclinic.models.monai_networks:unet",
+            (2, 3),
+            SEGMENTATION,
+            width=True,
+        ),
+    )
+}
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """Return a sentence to end an error message with: ``Did you mean ...?``, or else the first choices."""
+    close = difflib.get_close_matches(word, choices, n=1) or difflib.get_close_matches(
+        word.lower().replace("_", "-"), choices, n=1
+    )
+    if close:
+        return f"Did you mean {close[0]!r}?"
+    more = ", ..." if len(choices) > MOST_CHOICES else ""
+    return f"Choose one of: {', '.join(choices[:MOST_CHOICES])}{more}." if choices else "It takes none."
+
+
+def find_network(name: str, kind: str, spatial_dims: int) -> Network:
+    """Look up a network and check that it suits the task and the images.
+
+    Args:
+        name: ``model.name`` of the study, a name of ``NETWORKS``.
+        kind: ``task.kind``.
+        spatial_dims: 2 or 3, the length of ``data.image.size``.
+
+    Raises:
+        StudyError: Unknown name, or a network that cannot do the task or the dimensions; names one that can.
+    """
+    if name not in NETWORKS:
+        raise StudyError(f"model.name: there is no network {name!r}. {nearest(name, list(NETWORKS))}")
+    network = NETWORKS[name]
+    suitable = [n.name for n in NETWORKS.values() if kind in n.tasks and spatial_dims in n.dims]
+    if kind not in network.tasks:
+        raise StudyError(
+            f"model.name: {name!r} does {' and '.join(network.tasks)}, but task.kind is {kind!r}. "
+            f"Choose one of: {', '.join(suitable)}."
+        )
+    if spatial_dims not in network.dims:
+        only = " or ".join(f"{d}D" for d in network.dims)
+        raise StudyError(
+            f"model.name: {name!r} takes {only} images, but data.image.size has {spatial_dims} numbers. "
+            f"Choose one of: {', '.join(suitable)}."
+        )
+    return network

@@ -1,0 +1,314 @@
+"""A study from file to results folder."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Mapping
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from polyclinic.data.dataset import SiteData
+from polyclinic.data.manifest import class_notes, collect
+from polyclinic.data.split import write_splits
+from polyclinic.errors import DataError, StudyError
+from polyclinic.evaluation.ops import choose, evaluation_ops, report_test, validate
+from polyclinic.evaluation.results import write_replicates
+from polyclinic.evaluation.summary import SiteResult, summarise
+from polyclinic.federation.local import LocalChannel
+from polyclinic.federation.message import Message
+from polyclinic.federation.site import Site, Workbench
+from polyclinic.federation.state import ServerState
+from polyclinic.methods import make_method
+from polyclinic.methods.base import Method
+from polyclinic.methods.pooled import POOLED_SITE
+from polyclinic.models.registry import build_model, describe
+from polyclinic.models.weights import save_tensors, shared_tensors, snapshot
+from polyclinic.report import write_report
+from polyclinic.results import Json, RunFolder, plain_json
+from polyclinic.secure.sum import PlainSum
+from polyclinic.seeds import derive_seed
+from polyclinic.study import Study
+from polyclinic.tasks import make_task
+from polyclinic.training import learning_rate
+
+RESERVED_SITES = frozenset({POOLED_SITE, "mean", "worst"})
+
+
+class Observer(Protocol):
+    """Told what a run is doing, for a progress display."""
+
+    def loading(self, site: str, done: int, total: int) -> None:
+        """So many of a site's images are decoded."""
+
+    def run_started(self, study: Study, sites: list[str], finished: int) -> None:
+        """Training begins, or goes on after ``finished`` rounds."""
+
+    def called(self, op: str, site: str, number: int, loss: float | None) -> None:
+        """A site has answered."""
+
+    def round_finished(self, record: Mapping[str, Any]) -> None:
+        """A round is finished and safe on disk."""
+
+    def run_finished(self, folder: Path, metrics: Mapping[str, Any]) -> None:
+        """Results are written."""
+
+
+class Silent:
+    """An observer that says nothing."""
+
+    def loading(self, site: str, done: int, total: int) -> None:
+        """Ignore."""
+
+    def run_started(self, study: Study, sites: list[str], finished: int) -> None:
+        """Ignore."""
+
+    def called(self, op: str, site: str, number: int, loss: float | None) -> None:
+        """Ignore."""
+
+    def round_finished(self, record: Mapping[str, Any]) -> None:
+        """Ignore."""
+
+    def run_finished(self, folder: Path, metrics: Mapping[str, Any]) -> None:
+        """Ignore."""
+
+
+def load_sites(study: Study, folder: Path, observer: Observer | None = None) -> dict[str, SiteData]:
+    """Read tables, divide them into sites and splits, decode every image once.
+
+    Args:
+        study: Says where the images are.
+        folder: Where memory-mapped images go unless the study names another place.
+        observer: Told of progress.
+
+    Raises:
+        DataError: Whatever is wrong with the data, found before any training.
+    """
+    observer = observer or Silent()
+    cases = collect(study.data, study.task, Path(study.data.root))
+    reserved = sorted(RESERVED_SITES & set(cases))
+    if reserved:
+        raise DataError(f"a site cannot be called {reserved[0]!r}: the name is used in results. Rename it.")
+    unheld = class_notes(cases, study.task).get("", [])
+    if unheld:
+        raise DataError(f"{unheld[0]}. Remove it from task.classes, or check the labels.")
+    cache = Path(study.data.image.cache_folder or folder / "cache")
+    sites = {}
+    for name, own in cases.items():
+        sites[name] = SiteData.load(
+            name,
+            own,
+            study.task,
+            study.data.image,
+            cache,
+            phantom=study.data.phantom,
+            on_progress=lambda done, total, name=name: observer.loading(name, done, total),  # type: ignore[misc]
+        )
+    return sites
+
+
+def run_one(
+    study: Study, sites: Mapping[str, SiteData], folder: RunFolder, observer: Observer | None = None
+) -> Json:
+    """Train and test one method with one seed; go on where the folder's last finished round was.
+
+    Args:
+        study: With one method; ``compare`` is not looked at.
+        sites: From ``load_sites``.
+        folder: Made or opened for this study.
+        observer: Told of progress.
+
+    Returns:
+        What ``metrics.json`` holds.
+    """
+    if folder.finished:
+        found: Json = json.loads((folder.path / "metrics.json").read_text(encoding="utf-8"))
+        return found
+    run = _Run(study, sites, folder, observer or Silent())
+    run.train()
+    metrics = run.test()
+    write_report(folder.path)
+    run.observer.run_finished(folder.path, metrics)
+    return metrics
+
+
+class _Run:
+    """One method and one seed on its way through the rounds."""
+
+    def __init__(self, study: Study, sites: Mapping[str, SiteData], folder: RunFolder, observer: Observer) -> None:
+        _check_device(study)
+        self.study, self.data, self.folder, self.observer = study, sites, folder, observer
+        self.method = make_method(study)
+        self.bench = Workbench(lambda: start_model(study), study.device)
+        self.losses: dict[str, float] = {}
+        self.channel = self._local_channel()
+        if folder.checkpoint.is_file():
+            self.state = ServerState.load(folder.checkpoint, self.bench.device)
+        else:
+            names = self.method.shared(self.bench.model)
+            self.state = ServerState({"model": snapshot(shared_tensors(self.bench.model, names))})
+            folder.guard(lambda: write_splits({n: d.cases for n, d in sites.items()}, folder.path / "splits.csv"))
+        folder.guard(lambda: folder.checkpoint.parent.mkdir(exist_ok=True))
+        self.records = folder.rounds(upto=self.state.finished)
+
+    def train(self) -> None:
+        """Drive the method round by round; after each, judge, record and save."""
+        study, state, channel = self.study, self.state, self.channel
+        self.observer.run_started(study, list(channel.sites), state.finished)
+        channel.begin_round(state.finished + 1)
+        started = time.perf_counter()
+        for _ in self.method.server(channel, state, PlainSum()):
+            number = state.finished + 1
+            found: dict[str, dict[str, float]] = {}
+            every = study.evaluation.every
+            if number == study.method.rounds or (every and number % every == 0):
+                found = validate(self.method, channel, state)
+                choose(self.method, channel, state, found)
+            state.finished = number
+            record = self._record(number, found, time.perf_counter() - started)
+            # The record first: a kill between the two leaves one line too many, which resuming cuts off.
+            self.folder.add_round(record)
+            self.folder.guard(lambda: state.save(self.folder.checkpoint))
+            self.records.append(record)
+            self.observer.round_finished(record)
+            started = time.perf_counter()
+            self.losses.clear()
+            channel.begin_round(number + 1)
+
+    def test(self) -> Json:
+        """Judge the kept model on the test images, once, and write the results."""
+        self.channel.begin_round(self.state.finished + 1)
+        results = report_test(self.method, self.channel, self.state)
+        path = self.folder.path
+        if not self.method.personal:
+            (path / "models").mkdir(exist_ok=True)
+            save_tensors(path / "models" / "global.safetensors", self.state.groups["chosen"])
+        self.folder.guard(lambda: write_replicates(path / "replicates.safetensors", results))
+        self.folder.write("privacy.json", json.dumps(_what_leaves(self.method), indent=2))
+        metrics = self._metrics(results)
+        self.folder.write("metrics.json", json.dumps(plain_json(metrics), indent=1))
+        return metrics
+
+    def _local_channel(self) -> LocalChannel:
+        study, method = self.study, self.method
+        task = make_task(study.task, study.training)
+        ops = {**method.ops(), **evaluation_ops(method)}
+
+        def make(name: str, data: SiteData) -> Site:
+            return Site(name, study, data, task, workbench=self.bench, ops=ops, folder=self.folder.path)
+
+        hidden = {}
+        if method.simulation_only:
+            hidden[POOLED_SITE] = make(POOLED_SITE, SiteData.concat(list(self.data.values()), POOLED_SITE))
+
+        def told(op: str, site: str, reply: Message) -> None:
+            loss = reply.scalars.get("loss")
+            if loss is not None:
+                self.losses[site] = float(loss)
+            self.observer.called(op, site, self.channel.round, None if loss is None else float(loss))
+
+        return LocalChannel(
+            {name: make(name, data) for name, data in self.data.items()},
+            hidden=hidden,
+            tolerant=study.federation.on_absent == "continue",
+            on_call=told,
+        )
+
+    def _record(self, number: int, found: Mapping[str, Any], seconds: float) -> Json:
+        channel = self.channel
+        sites: Json = {}
+        for site in sorted({*channel.sites, *self.losses}):
+            sites[site] = {"loss": self.losses.get(site), **channel.traffic.of_site(site)}
+            if site in found:
+                sites[site]["val"] = found[site]
+        return {
+            "round": number,
+            "seconds": seconds,
+            "lr": learning_rate(self.study.training, number, self.study.method.rounds),
+            "sites": sites,
+            "absent": dict(channel.absent),
+            "bytes": channel.traffic.by_op(),
+        }
+
+    def _metrics(self, results: Mapping[str, SiteResult]) -> Json:
+        study, records = self.study, self.records
+        table = summarise(results, study.evaluation.confidence)
+        known = class_notes({name: data.cases for name, data in self.data.items()}, study.task)
+        ops: dict[str, dict[str, int]] = {}
+        for part in [*(r["bytes"] for r in records), self.channel.traffic.by_op()]:
+            for op, n in part.items():
+                total = ops.setdefault(op, {"up": 0, "down": 0})
+                total["up"], total["down"] = total["up"] + n["up"], total["down"] + n["down"]
+        return {
+            "study": study.name,
+            "method": study.method.name,
+            "seed": study.seed,
+            "task": study.task.kind,
+            "classes": study.task.classes,
+            "model": {"name": study.model.name, **describe(self.bench.model)},
+            "chosen_round": self.state.scalars["chosen_round"],
+            "rounds": study.method.rounds,
+            "sites": {
+                name: {
+                    **describe_site(self.data[name]),
+                    "test": table["sites"][name],
+                    "notes": [*known.get(name, []), *results[name].notes],
+                }
+                for name in results
+            },
+            "mean": table["mean"],
+            "worst": table["worst"],
+            "notes": table["notes"],
+            "bytes": ops,
+            "seconds": {"rounds": sum(r["seconds"] for r in records)},
+            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        }
+
+
+def start_model(study: Study) -> nn.Module:
+    """The study's network with its start weights, the same at server and sites."""
+    return build_model(
+        study.model,
+        study.task,
+        study.data.image,
+        derive_seed(study.seed, "start weights"),
+        weights_path=study.weights_path,
+        patch=study.training.patch,
+    )
+
+
+def describe_site(data: SiteData) -> Json:
+    """Devices, and patients, images and labels of each split."""
+    splits = {name: [data.cases[i] for i in indices.tolist()] for name, indices in data.splits.items()}
+    return {
+        "device": sorted({case.device for case in data.cases if case.device}),
+        "patients": {name: len({case.patient for case in cases}) for name, cases in splits.items()},
+        "images": {name: len(cases) for name, cases in splits.items()},
+        "labels": {
+            name: dict(sorted(Counter(label for case in cases for label in case.labels).items()))
+            for name, cases in splits.items()
+        },
+    }
+
+
+def _check_device(study: Study) -> None:
+    if study.device == "cuda":
+        if not torch.cuda.is_available():
+            raise StudyError("device: cuda was asked for, but PyTorch finds no CUDA device. Use --device cpu.")
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+
+def _what_leaves(method: Method) -> Json:
+    """Per op, everything that may leave a site, as declared and enforced."""
+    ops = {**method.ops(), **evaluation_ops(method)}
+    return {
+        "aggregation": method.study.aggregation.backend,
+        "leaves": {op: [asdict(leaf) for leaf in entry.leaves] for op, entry in ops.items()},
+    }

@@ -1,0 +1,1 @@
+"""How updates are combined: one interface, several backends, and what each party gets to see."""

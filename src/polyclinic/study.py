@@ -1,0 +1,536 @@
+"""The study file: one YAML, one schema, every default visible.
+
+``load_study`` reads a file, applies ``--set`` overrides, refuses unknown keys with the nearest valid name and
+impossible combinations with the reason and the nearest combination that works. Nothing here imports torch until the
+settings of a method are looked up.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from polyclinic.errors import StudyError
+
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
+
+class Settings(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TaskSettings(Settings):
+    """What is predicted."""
+
+    kind: Literal["multi-class", "multi-label", "segmentation"] = "multi-class"
+    """One class an image, any number of findings an image, or one class a pixel."""
+    classes: list[str] = Field(min_length=1)
+    """Class names in order: the order of the network's outputs at every site. For segmentation the first is the
+    background."""
+    loss: Literal["auto", "cross-entropy", "focal", "dice-ce"] = "auto"
+    """``auto``: cross-entropy (binary cross-entropy for multi-label), Dice + cross-entropy for segmentation."""
+    window_overlap: float = Field(0.25, ge=0, lt=1)
+    """Segmentation: overlap of neighbouring windows in sliding-window inference, as a fraction of the window."""
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, classes: list[str]) -> list[str]:
+        twice = sorted({c for c in classes if classes.count(c) > 1})
+        if twice:
+            raise ValueError(f"classes are listed twice: {', '.join(twice)}")
+        return classes
+
+
+class Columns(Settings):
+    """Which column of a table holds what. A manifest made by ``polyclinic data build`` needs none of this."""
+
+    image: str = "image"
+    """Path of the image inside ``images``; a folder for a DICOM series; ``key#7`` for row 7 of an array in an NPZ."""
+    label: str = "label"
+    """Class name (multi-class), or names joined by ``|`` (multi-label; empty means none of them)."""
+    mask: str = "mask"
+    """Path of the mask inside ``images`` (segmentation)."""
+    patient: str = "patient"
+    """Patient, or what must never be on both sides of a split (a lesion, say)."""
+    site: str = "site"
+    """Who owns the image; ignored where ``site`` of the table is given."""
+    device: str = "device"
+    """Scanner or camera; may be absent."""
+    split: str = "split"
+    """``train``, ``val`` or ``test``; where it is absent or empty the study's split rule decides."""
+
+
+class TableSettings(Settings):
+    """One table of images: a site's manifest, or one table for several sites."""
+
+    path: str
+    """CSV or Parquet, relative to ``data.root``."""
+    images: str = ""
+    """Folder or zip that the paths of the image column are relative to, relative to ``data.root``; empty: the
+    table's own folder."""
+    site: SiteName | None = None
+    """The site that owns every row of this table; without it the site column decides."""
+    columns: Columns = Columns()
+    """Names of the columns, where they are not the usual ones."""
+    labels: dict[str, str] = {}
+    """Translates the table's labels to the study's classes, as ``{table: study}``; each label of the table must then
+    appear. Empty: taken as they are."""
+    where: dict[str, list[str]] = {}
+    """Keeps only the rows whose column holds one of the values, as ``{column: [value, ...]}``."""
+    limit: int | None = Field(None, ge=1)
+    """Keeps at most so many patients, drawn with the split's seed (for quick trials)."""
+
+
+class PhantomSite(Settings):
+    """A made-up hospital of the phantom source."""
+
+    name: SiteName
+    """Name of the site."""
+    device: str = "reference"
+    """One of the phantom's devices (``polyclinic data phantom --list``)."""
+    patients: int = Field(60, ge=3)
+    """Number of patients; each has one or two images."""
+    prevalence: dict[str, float] = {}
+    """Share of each class; classes left out share the rest evenly."""
+
+
+class PhantomSettings(Settings):
+    """Made-up images with known truth: deterministic from a seed."""
+
+    kind: Literal["chest-xray", "chest-ct", "chest-ct-volume", "skin-lesion"] = "chest-xray"
+    """What is drawn."""
+    seed: int = 0
+    """Seed of the drawing; the study's own seed does not change the images."""
+    sites: list[PhantomSite] = Field(min_length=1)
+    """The hospitals."""
+
+
+class WindowSettings(Settings):
+    """Intensity window, mapped to 0..1 and clipped."""
+
+    center: float
+    """Middle of the window, in Hounsfield units for CT."""
+    width: float = Field(gt=0)
+    """Width of the window, same unit."""
+
+
+class ImageSettings(Settings):
+    """How a file becomes the array that the network sees."""
+
+    size: list[int] = Field([64, 64], min_length=2, max_length=3)
+    """Height, width (2D) or depth, height, width (3D), in pixels."""
+    channels: Literal[1, 3] = 1
+    """1 grey, 3 colour. A colour image in a grey study is refused unless all its channels are equal."""
+    fit: Literal["pad", "crop", "stretch"] = "pad"
+    """How another aspect ratio is met: pad with the darkest value, crop the middle, or stretch."""
+    window: WindowSettings | None = None
+    """Intensity window for DICOM and NIfTI; without it the file's own window, else its range, is used."""
+    mean: float = 0.5
+    """Subtracted after scaling to 0..1."""
+    std: float = Field(0.25, gt=0)
+    """Divided by after the mean is subtracted."""
+    cache: Literal["memory", "memmap"] = "memory"
+    """Decoded images are kept in memory, or in a memory-mapped file below ``cache_folder``."""
+    cache_folder: str = ""
+    """Where memory-mapped images lie; empty: ``cache`` in the results folder."""
+
+
+class SplitSettings(Settings):
+    """How patients are divided where a table does not say."""
+
+    fractions: tuple[float, float, float] = (0.6, 0.15, 0.25)
+    """Train, validation and test shares of the patients of each site."""
+    seed: int = 0
+    """Seed of the split; the study's own seed does not change it, so that seeds are comparable."""
+    stratify: bool = True
+    """Keep the class shares alike in the three parts, as far as whole patients allow."""
+
+    @field_validator("fractions")
+    @classmethod
+    def _sums_to_one(cls, fractions: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or fractions[0] == 0 or fractions[2] == 0:
+            raise ValueError(f"fractions must be train, val, test, sum to 1, train and test above 0; got {fractions}")
+        return fractions
+
+
+class PartitionSettings(Settings):
+    """Which site owns which patient, where the data do not say."""
+
+    kind: Literal["site", "device", "iid", "dirichlet", "quantity"] = "site"
+    """``site``: as in the tables. ``device``: one site per device. The others draw ``sites`` sites from all images."""
+    sites: int = Field(4, ge=1)
+    """Number of sites drawn."""
+    alpha: float = Field(0.5, gt=0)
+    """Concentration of the Dirichlet draw: small is uneven."""
+    seed: int = 0
+    """Seed of the draw."""
+
+
+class DataSettings(Settings):
+    """Where the images are and how they are divided."""
+
+    root: str = ""
+    """Folder that paths are relative to: itself relative to the study file. ``--data-root`` and ``POLYCLINIC_DATA``
+    move it."""
+    tables: list[TableSettings] = []
+    """Tables of real images."""
+    phantom: PhantomSettings | None = None
+    """Made-up images instead of tables."""
+    image: ImageSettings = ImageSettings()
+    """From file to array."""
+    split: SplitSettings = SplitSettings()
+    """Division into train, validation and test, always by patient."""
+    partition: PartitionSettings = PartitionSettings()
+    """Division into sites."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSettings:
+        if bool(self.tables) == (self.phantom is not None):
+            raise ValueError("give either tables (real images) or phantom (made-up images)")
+        return self
+
+
+class ModelSettings(Settings):
+    """The network that is trained."""
+
+    name: str = "small-cnn"
+    """A name of ``polyclinic methods`` (small-cnn, resnet18, mobilenet, densenet121, unet, densenet3d), or your own
+    as ``module:function``."""
+    norm: Literal["batch", "batch-local", "group", "instance"] = "batch"
+    """``batch``: running statistics are averaged over sites. ``batch-local``: they stay at the site. ``group`` and
+    ``instance`` have none."""
+    width: int = Field(16, ge=1)
+    """Channels of the first layer of small-cnn and unet."""
+    options: dict[str, Any] = {}
+    """Further keyword arguments of the network's constructor."""
+    weights: str = ""
+    """A safetensors file to start from, relative to ``data.root``; empty: random, from the study's seed."""
+
+
+class AugmentSettings(Settings):
+    """Random changes of training images, drawn anew for every batch."""
+
+    flip: bool = False
+    """Mirror left-right (for segmentation the mask too)."""
+    flip_vertical: bool = False
+    """Mirror top-bottom."""
+    rotate_degrees: float = Field(0.0, ge=0, le=180)
+    """Largest rotation either way (2D)."""
+    scale: float = Field(0.0, ge=0, lt=1)
+    """Largest relative change of size (2D)."""
+    intensity: float = Field(0.0, ge=0, lt=1)
+    """Largest relative change of contrast and, in units of the range, of brightness."""
+
+
+class TrainingSettings(Settings):
+    """One site's local training; the same for every method."""
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Started afresh in every round."""
+    lr: float = Field(0.05, ge=0)
+    """Learning rate of the first round."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Momentum of sgd."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay."""
+    batch_size: int = Field(32, ge=1)
+    """Images per step."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the site's training images per round; ignored where ``steps`` is given."""
+    steps: int | None = Field(None, ge=1)
+    """Gradient steps per round."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """How the learning rate changes from round to round."""
+    clip: float | None = Field(None, gt=0)
+    """Largest gradient norm."""
+    balanced: bool = False
+    """Draw images so that the site's classes are equally frequent (multi-class)."""
+    amp: bool = True
+    """Mixed precision (bfloat16) on CUDA; never on CPU."""
+    patch: list[int] | None = None
+    """Segmentation: train on random patches of this size and predict with a sliding window of it."""
+    augment: AugmentSettings = AugmentSettings()
+    """Random changes of the images."""
+
+
+class AggregationSettings(Settings):
+    """How updates are combined."""
+
+    backend: Literal["plain"] = "plain"
+    """``plain``: the server sees each update."""
+    weight: Literal["images", "patients", "uniform"] = "images"
+    """What a site weighs in a sum over sites: its number of training images, of training patients, or one."""
+
+
+class EvaluationSettings(Settings):
+    """How a run is judged. Validation chooses, test only reports."""
+
+    every: int = Field(1, ge=0)
+    """Evaluate on validation images every so many rounds (and after the last); 0: only after the last."""
+    select: Literal["best", "last"] = "best"
+    """Which round's model is kept: the best by ``metric`` on validation images (mean over sites), or the last."""
+    metric: str = "auto"
+    """What ``best`` means: ``loss`` (lower is better) or any metric of the task; ``auto``: loss for classification,
+    dice for segmentation."""
+    bootstrap: int = Field(1000, ge=0, le=100_000)
+    """Resamples of the patients for the intervals."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """Level of the intervals."""
+    batch_size: int = Field(128, ge=1)
+    """Images per step of inference."""
+    examples: int = Field(4, ge=0, le=32)
+    """Test images per site shown in the report; 0 keeps every image out of the results folder."""
+
+
+class ComparisonSettings(Settings):
+    """Further methods that ``polyclinic run`` trains beside the study's own, for one table."""
+
+    methods: list[str | dict[str, Any]] = []
+    """Names, or mappings with a name and settings, as in ``method``."""
+    seeds: list[int] = []
+    """Seeds that every method runs with; empty: the study's seed."""
+
+
+class FederationSettings(Settings):
+    """What happens when a site does not answer."""
+
+    on_absent: Literal["stop", "continue"] = "stop"
+    """``stop``: a failed site ends the run, which can be resumed. ``continue``: the round goes on without it."""
+
+
+class Study(Settings):
+    """One experiment."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    """Name of the study; begins the name of the results folder."""
+    description: str = ""
+    """Printed at the head of the report."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything that is random in training: start weights, order of images, augmentation."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the networks run."""
+    task: TaskSettings
+    """What is predicted."""
+    data: DataSettings
+    """Where the images are."""
+    model: ModelSettings = ModelSettings()
+    """The network."""
+    training: TrainingSettings = TrainingSettings()
+    """Local training."""
+    method: SerializeAsAny[Any] = Field(default_factory=lambda: {"name": "fedavg"})
+    """How the sites learn together: a name and that method's settings."""
+    aggregation: AggregationSettings = AggregationSettings()
+    """How updates are combined."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """How the run is judged."""
+    compare: ComparisonSettings = ComparisonSettings()
+    """Further methods for the same table."""
+    federation: FederationSettings = FederationSettings()
+    """What happens when a site does not answer."""
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _known_method(cls, value: Any) -> Any:
+        from polyclinic.methods import parse_params
+
+        return parse_params(value)
+
+    @property
+    def weights_path(self) -> Path | None:
+        """The file that training starts from, or None for a random start."""
+        return Path(self.data.root) / self.model.weights if self.model.weights else None
+
+
+def load_study(
+    path: Path | str,
+    *,
+    overrides: Sequence[str] = (),
+    data_root: Path | str | None = None,
+) -> Study:
+    """Read, override and validate a study file.
+
+    Args:
+        path: The YAML file.
+        overrides: ``key.path=value`` texts, values in YAML, as ``--set`` takes them.
+        data_root: Moves ``data.root``; else the environment's ``POLYCLINIC_DATA``, else the file's own value,
+            which is relative to the study file.
+
+    Returns:
+        The study with ``data.root`` absolute.
+
+    Raises:
+        StudyError: The file is missing, is no YAML, has an unknown key, a wrong value or an impossible combination.
+    """
+    path = Path(path)
+    raw = _read_yaml(path)
+    for override in overrides:
+        _override(raw, override)
+    raw.setdefault("name", path.stem)
+    study = validate_study(raw, str(path))
+    moved = data_root or os.environ.get("POLYCLINIC_DATA")
+    root = Path(moved) if moved else path.parent / study.data.root
+    data = study.data.model_copy(update={"root": str(root.expanduser().resolve())})
+    return study.model_copy(update={"data": data})
+
+
+def validate_study(raw: Mapping[str, Any], where: str = "study") -> Study:
+    """Validate a mapping as a study; ``where`` names its origin in error messages.
+
+    Raises:
+        StudyError: With one line per fault.
+    """
+    from polyclinic.methods import check_combination
+
+    try:
+        study = Study.model_validate(dict(raw))
+    except ValidationError as error:
+        raise StudyError(explain(error, Study, where, raw)) from None
+    check_combination(study)
+    return study
+
+
+def dump_study(study: Study) -> str:
+    """The study as YAML with every default written out; ``load_study`` reads it back to an equal study."""
+    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def study_digest(study: Study) -> str:
+    """SHA-256 of the resolved study: what ``--resume`` compares."""
+    return hashlib.sha256(json.dumps(study.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def with_method(study: Study, method: str | Mapping[str, Any], seed: int) -> Study:
+    """The same study with another method and seed and nothing to compare with.
+
+    Settings that the two methods share by name (``rounds``, ``participation``) carry over unless ``method`` sets them.
+    """
+    from polyclinic.methods import check_combination, parse_params, params_class
+
+    wanted = {"name": method} if isinstance(method, str) else dict(method)
+    kept = study.method.model_dump()
+    fields = params_class(str(wanted.get("name"))).model_fields
+    same = wanted.get("name") == study.method.name
+    carried = {k: v for k, v in kept.items() if k in fields and (same or k in ("rounds", "participation"))}
+    try:
+        params = parse_params({**carried, **wanted})
+    except ValidationError as error:
+        raise StudyError(explain(error, params_class(str(wanted["name"])), f"compare.methods, {wanted['name']}")) from None
+    changed = study.model_copy(update={"method": params, "seed": seed, "compare": ComparisonSettings()})
+    check_combination(changed)
+    return changed
+
+
+def study_schema() -> dict[str, Any]:
+    """JSON schema of the study file, with the settings of every method."""
+    from polyclinic.methods import METHODS, params_class
+
+    schema = Study.model_json_schema()
+    choices: list[dict[str, Any]] = [{"enum": sorted(METHODS)}]
+    for name in sorted(METHODS):
+        part = params_class(name).model_json_schema(ref_template="#/$defs/{model}")
+        schema["$defs"].update(part.pop("$defs", {}))
+        schema["$defs"][part["title"]] = part
+        choices.append({"$ref": f"#/$defs/{part['title']}"})
+    description = schema["properties"]["method"].get("description", "")
+    schema["properties"]["method"] = {"description": description, "default": "fedavg", "anyOf": choices}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """``" Did you mean 'x'?"`` or the list of what is known, for error messages."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
+
+
+def explain(
+    error: ValidationError, model: type[BaseModel], where: str, raw: Mapping[str, Any] | None = None
+) -> str:
+    """One line per fault: where it is, what was seen, what is wanted.
+
+    Args:
+        error: What pydantic found.
+        model: The settings that were validated.
+        where: Origin of the settings.
+        raw: The settings as given, where ``model`` is a study: its method decides which keys ``method`` has.
+    """
+    lines = [f"{where} is not a valid study:"]
+    for fault in error.errors():
+        path = [str(part) for part in fault["loc"]]
+        place = ".".join(path) or "(top level)"
+        if fault["type"] == "extra_forbidden":
+            fields = _fields_at(model, fault["loc"][:-1], raw)
+            lines.append(f"  {place}: there is no such key.{nearest(path[-1], fields)}")
+        elif fault["type"] == "missing":
+            lines.append(f"  {place}: this key is required.")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            seen = "" if fault["type"] == "value_error" else f" Seen: {fault['input']!r}."
+            lines.append(f"  {place}: {message.rstrip('.')}.{seen}")
+    return "\n".join(lines)
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...], raw: Mapping[str, Any] | None) -> list[str]:
+    """Names of the fields of the settings class that ``loc`` leads to."""
+    from polyclinic.methods import params_class
+
+    current: Any = model
+    if loc == ("method",) and raw is not None:
+        return list(params_class(raw["method"].get("name", "fedavg")).model_fields)
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = current.model_fields[part].annotation if part in current.model_fields else None
+        while annotation is not None and not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            candidates = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
+            annotation = candidates[0] if candidates else None
+        if annotation is None:
+            return []
+        current = annotation
+    return list(current.model_fields)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise StudyError(f"there is no study file {path}. Give the path of a YAML file; see examples/.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise StudyError(f"{path} holds {type(raw).__name__}, not a mapping of settings.")
+    return raw
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    """Apply one ``key.path=value`` to the raw study in place; a list is indexed by number."""
+    key, found, text = override.partition("=")
+    if not found or not key.strip():
+        raise StudyError(f"--set {override!r}: write key.path=value, for instance method.rounds=5.")
+    parts = key.strip().split(".")
+    target: Any = raw
+    for depth, part in enumerate(parts[:-1]):
+        index: Any = int(part) if isinstance(target, list) and part.isdigit() else part
+        if isinstance(target, dict):
+            if isinstance(target.get(part), str) and part == "method":
+                target[part] = {"name": target[part]}
+            target.setdefault(part, {})
+        try:
+            target = target[index]
+        except (KeyError, IndexError, TypeError):
+            raise StudyError(f"--set {override!r}: there is no {'.'.join(parts[: depth + 1])} in the study.") from None
+    last = parts[-1]
+    try:
+        value = yaml.safe_load(text)
+        target[int(last) if isinstance(target, list) else last] = value
+    except (IndexError, TypeError, ValueError, yaml.YAMLError):
+        raise StudyError(f"--set {override!r}: {key} cannot be set to {text!r} here.") from None

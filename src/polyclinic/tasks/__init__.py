@@ -1,0 +1,44 @@
+"""Tasks: what is predicted, with which loss, and how a whole image is inferred."""
+
+from __future__ import annotations
+
+from polyclinic.errors import StudyError
+from polyclinic.study import TaskSettings, TrainingSettings
+from polyclinic.tasks.base import Task
+
+__all__ = ["Task", "make_task"]
+
+
+def make_task(settings: TaskSettings, training: TrainingSettings) -> Task:
+    """Build the study's task.
+
+    Raises:
+        StudyError: A loss, a patch or a way of drawing images that this kind of task does not have; names what works.
+    """
+    _check(settings, training)
+    classes = tuple(settings.classes)
+    if settings.kind == "segmentation":
+        from polyclinic.tasks.segmentation import Segmentation
+
+        patch = None if training.patch is None else tuple(training.patch)
+        return Segmentation(classes, settings.loss, patch, settings.window_overlap)
+    from polyclinic.tasks.classification import MultiClass, MultiLabel
+
+    kind = MultiClass if settings.kind == "multi-class" else MultiLabel
+    return kind(classes, focal=settings.loss == "focal")
+
+
+def _check(settings: TaskSettings, training: TrainingSettings) -> None:
+    kind = settings.kind
+    if kind != "multi-label" and len(settings.classes) < 2:
+        extra = "the background first" if kind == "segmentation" else "or set task.kind: multi-label"
+        raise StudyError(f"task.classes: {kind} needs at least two classes, got {settings.classes}; add one, {extra}.")
+    if kind != "segmentation" and settings.loss == "dice-ce":
+        raise StudyError(f"task.loss: dice-ce compares masks, but task.kind is {kind!r}. Use cross-entropy or focal.")
+    if kind != "segmentation" and training.patch is not None:
+        raise StudyError(f"training.patch is for segmentation, but task.kind is {kind!r}. Remove it.")
+    if kind != "multi-class" and training.balanced:
+        instead = (
+            "task.loss: focal" if kind == "multi-label" else "training.patch (half of the patches hold foreground)"
+        )
+        raise StudyError(f"training.balanced is for multi-class, but task.kind is {kind!r}. Remove it; try {instead}.")

@@ -1,0 +1,37 @@
+"""What training and evaluation know of a task."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Task(Protocol):
+    """What is predicted: loss, probabilities, inference."""
+
+    @property
+    def kind(self) -> str:
+        """``multi-class``, ``multi-label`` or ``segmentation``."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names in the order of the outputs."""
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of a batch, a scalar.
+
+        Args:
+            logits: ``[B, K]`` or ``[B, K, *spatial]``, any floating type; computed in float32.
+            targets: int64 ``[B]`` (multi-class), 0/1 float ``[B, K]`` (multi-label), uint8 ``[B, *spatial]``
+                (segmentation).
+        """
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return float32 probabilities, same shape as ``logits``."""
+
+    def predict(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Return probabilities ``[B, K, ...]`` of a batch of whole images.
+
+        The caller has put the model into evaluation mode and switched gradients off.
+        """
