@@ -11,7 +11,6 @@ from polyclinic.data.dataset import SiteData
 from polyclinic.errors import StudyError
 from polyclinic.evaluation.results import read_results
 from polyclinic.evaluation.summary import differences, table
-from polyclinic.report import write_report
 from polyclinic.results import Json, RunFolder, plain_json
 from polyclinic.runner import Observer, run_one
 from polyclinic.study import Study, with_method
@@ -64,6 +63,8 @@ def run_comparison(
             run_one(one, sites, run, observer)
     metrics = tabulate(study, plans, folder.path)
     folder.write("metrics.json", json.dumps(plain_json(metrics), indent=1))
+    from polyclinic.report import write_report
+
     write_report(folder.path)
     return metrics
 

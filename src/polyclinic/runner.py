@@ -30,7 +30,6 @@ from polyclinic.methods.base import Method
 from polyclinic.methods.pooled import POOLED_SITE
 from polyclinic.models.registry import build_model, describe
 from polyclinic.models.weights import save_tensors, shared_tensors, snapshot
-from polyclinic.report import write_report
 from polyclinic.results import Json, RunFolder, plain_json
 from polyclinic.secure.sum import PlainSum
 from polyclinic.seeds import derive_seed
@@ -130,7 +129,9 @@ def run_one(
     if folder.finished:
         found: Json = json.loads((folder.path / "metrics.json").read_text(encoding="utf-8"))
         return found
-    run = _Run(study, sites, folder, observer or Silent())
+    from polyclinic.report import write_report
+
+    run = Run(study, sites, folder, observer or Silent())
     run.train()
     metrics = run.test()
     write_report(folder.path)
@@ -138,7 +139,7 @@ def run_one(
     return metrics
 
 
-class _Run:
+class Run:
     """One method and one seed on its way through the rounds."""
 
     def __init__(self, study: Study, sites: Mapping[str, SiteData], folder: RunFolder, observer: Observer) -> None:
@@ -205,7 +206,7 @@ class _Run:
 
         hidden = {}
         if method.simulation_only:
-            hidden[POOLED_SITE] = make(POOLED_SITE, SiteData.concat(list(self.data.values()), POOLED_SITE))
+            hidden[POOLED_SITE] = make(POOLED_SITE, SiteData.concat([self.data[n] for n in sorted(self.data)], POOLED_SITE))
 
         def told(op: str, site: str, reply: Message) -> None:
             loss = reply.scalars.get("loss")

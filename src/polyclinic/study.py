@@ -280,8 +280,8 @@ class EvaluationSettings(Settings):
     select: Literal["best", "last"] = "best"
     """Which round's model is kept: the best by ``metric`` on validation images (mean over sites), or the last."""
     metric: str = "auto"
-    """What ``best`` means: ``loss`` (lower is better) or any metric of the task; ``auto``: loss for classification,
-    dice for segmentation."""
+    """What ``best`` means: ``loss`` (lower is better) or any metric of the task; ``auto``: balanced_accuracy for
+    multi-class, auroc for multi-label, dice for segmentation."""
     bootstrap: int = Field(1000, ge=0, le=100_000)
     """Resamples of the patients for the intervals."""
     confidence: float = Field(0.95, gt=0.5, lt=1)

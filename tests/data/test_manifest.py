@@ -88,30 +88,33 @@ def test_counts_missing_patients_by_site(tmp_path: Path) -> None:
 
 
 def test_refuses_a_table(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no table .*absent.csv"):
+    with pytest.raises(DataError, match=r"there is no table .*absent.csv"):
         read_table(TableSettings(path="absent.csv", limit=None), tmp_path, TASK)
     with pytest.raises(DataError, match=r"no column 'patient' .*did you mean 'patients'\?.*image, label, patients"):
         read_table(table(tmp_path, "a.png,normal,p", header="image,label,patients"), tmp_path, TASK)
+    settings = table(tmp_path, "a.png,normal,p1,north,,train").model_copy(update={"where": {"split": ["x"]}})
     with pytest.raises(DataError, match=r"no row is left after where split in \['x'\].*'train'"):
-        settings = table(tmp_path, "a.png,normal,p1,north,,train").model_copy(update={"where": {"split": ["x"]}})
         read_table(settings, tmp_path, TASK)
     with pytest.raises(DataError, match="column 'image' twice"):
         read_table(table(tmp_path, header="image,image"), tmp_path, TASK)
+    settings = table(tmp_path, *rows(2)).model_copy(update={"labels": {"normal": "normal"}})
     with pytest.raises(DataError, match="does not translate 'pneumonia'"):
-        settings = table(tmp_path, *rows(2)).model_copy(update={"labels": {"normal": "normal"}})
         read_table(settings, tmp_path, TASK)
     with pytest.raises(DataError, match=r"'a.png' is listed twice, at 'north': cases.csv row 2 and cases.csv row 3"):
         read_table(table(tmp_path, "a.png,normal,p1,north,,", "a.png,normal,p2,north,,"), tmp_path, TASK)
+    (tmp_path / "cases.csv").write_text("image;label;patient\na;b;c\n")
+    with pytest.raises(DataError, match="separated by semicolons"):
+        read_table(TableSettings(path="cases.csv", limit=None), tmp_path, TASK)
     (tmp_path / "cases.csv").write_bytes(b"image,label\n\xff,x\n")
     with pytest.raises(DataError, match="not UTF-8"):
         read_table(TableSettings(path="cases.csv", limit=None), tmp_path, TASK)
-    with pytest.raises(DataError, match="scans.zip, which does not exist"):
+    with pytest.raises(DataError, match=r"scans.zip, which does not exist"):
         read_table(TableSettings(path="cases.csv", images="scans.zip", limit=None), tmp_path, TASK)
 
 
 def test_segmentation_needs_masks(tmp_path: Path) -> None:
     task = TaskSettings(kind="segmentation", classes=["background", "lesion"])
-    with pytest.raises(DataError, match="row 2: image 'a.png' has no mask"):
+    with pytest.raises(DataError, match=r"row 2: image 'a.png' has no mask"):
         read_table(table(tmp_path, "a.png,,p,north", header="image,mask,patient,site"), tmp_path, task)
 
 

@@ -72,12 +72,12 @@ def test_device_names_become_site_names() -> None:
 
 def test_device_refuses_a_divided_patient_and_a_missing_device() -> None:
     two = [Case("a", "p", "", device="x", source="/s"), Case("b", "p", "", device="y", source="/s")]
-    with pytest.raises(DataError, match="patient 'p' .* was imaged on 2 devices: x, y"):
+    with pytest.raises(DataError, match=r"patient 'p' .* was imaged on 2 devices: x, y"):
         partition_cases(two, PartitionSettings(kind="device"))
-    with pytest.raises(DataError, match="no device"):
+    with pytest.raises(DataError, match=r"no device"):
         partition_cases([Case("a", "p", "")], PartitionSettings(kind="device"))
     clash = [Case("a", "p", "", device="x 1"), Case("b", "q", "", device="x-1")]
-    with pytest.raises(DataError, match="would both be site 'x-1'"):
+    with pytest.raises(DataError, match=r"would both be site 'x-1'"):
         partition_cases(clash, PartitionSettings(kind="device"))
 
 
@@ -88,9 +88,9 @@ def test_same_id_of_two_hospitals_stays_two_patients() -> None:
 
 
 def test_refuses_what_cannot_be_filled() -> None:
-    with pytest.raises(DataError, match="2 patients cannot fill 4 sites"):
+    with pytest.raises(DataError, match=r"2 patients cannot fill 4 sites"):
         partition_cases(cohort(2), PartitionSettings(kind="iid", sites=4))
-    with pytest.raises(DataError, match="alpha 0.0001 one of 20 sites always had fewer than 3 of the 60"):
+    with pytest.raises(DataError, match=r"alpha 0.0001 one of 20 sites always had fewer than 3 of the 60"):
         partition_cases(cohort(60), PartitionSettings(kind="quantity", sites=20, alpha=1e-4))
-    with pytest.raises(DataError, match="no site"):
+    with pytest.raises(DataError, match=r"no site"):
         partition_cases(cohort(2), PartitionSettings(kind="site"))

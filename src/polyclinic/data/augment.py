@@ -62,7 +62,7 @@ def _flip(images: Tensor, masks: Tensor | None, chosen: Tensor, axis: int) -> tu
 
 
 def _turn(images: Tensor, masks: Tensor | None, angle: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Rotate by ``angle`` (radians, counter-clockwise) and enlarge by ``factor`` about the middle."""
+    """Rotate by ``angle`` (radians) and enlarge by ``factor`` about the middle."""
     count, (height, width) = len(images), images.shape[-2:]
     cos, sin = torch.cos(angle) / factor, torch.sin(angle) / factor
     zero = torch.zeros(count)

@@ -95,7 +95,7 @@ class SiteData:
 
     @classmethod
     def concat(cls, parts: Sequence[SiteData], site: str = "pooled") -> SiteData:
-        """All sites as one, for pooled training; images are not copied."""
+        """All sites as one, for pooled training; images are not copied, targets are."""
         offsets = np.cumsum([0, *(len(part) for part in parts)])
         splits = {
             name: torch.cat([part.splits[name] + int(start) for part, start in zip(parts, offsets[:-1], strict=True)])

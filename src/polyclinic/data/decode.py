@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from polyclinic.data.manifest import PHANTOM, Case
 from polyclinic.data.readers import Picture, read_mask, read_picture
-from polyclinic.data.sources import close_sources, list_folder, locate
+from polyclinic.data.sources import kept_open, list_folder, locate
 from polyclinic.data.transforms import mask_array, to_array
 from polyclinic.errors import DataError
 from polyclinic.study import ImageSettings, PhantomSettings, TaskSettings
@@ -117,12 +118,11 @@ def decode_all(
 def _filled(
     cases: Sequence[Case], decoder: Decoder, parts: dict[str, Path] | None, on_progress: Progress | None
 ) -> Pair:
-    try:
-        return _fill(cases, decoder, parts, on_progress, None)
-    except _NeedsFloatError:
-        return _fill(cases, decoder, parts, on_progress, np.dtype(np.float32))
-    finally:
-        close_sources()
+    with kept_open():
+        try:
+            return _fill(cases, decoder, parts, on_progress, None)
+        except _NeedsFloatError:
+            return _fill(cases, decoder, parts, on_progress, np.dtype(np.float32))
 
 
 def _fill(
@@ -180,7 +180,20 @@ def _decoded(cases: Sequence[Case], decoder: Decoder) -> Iterator[Iterator[Pair]
 def _array(parts: dict[str, Path] | None, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     if parts is None:
         return np.empty(shape, dtype)
-    mapped: NDArray[Any] = np.lib.format.open_memmap(parts[name], mode="w+", dtype=dtype, shape=shape)
+    path = parts[name]
+    try:
+        mapped: NDArray[Any] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(
+            os, "posix_fallocate"
+        ):  # a full disk is an error here, a crash of the process when pages are written
+            with path.open("r+b") as stream:
+                os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        size = math.prod(shape) * dtype.itemsize / 2**30
+        raise DataError(
+            f"{path.parent}: no room for {size:.2f} GiB of decoded images ({error.strerror}). Free some, or set "
+            "data.image.cache_folder to another disk."
+        ) from error
     return mapped
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.data.readers import Picture
+from polyclinic.data.readers import MAX_PIXELS, Picture
 from polyclinic.data.sources import Place, read_bytes
 from polyclinic.errors import DataError
 
@@ -42,6 +42,28 @@ def read_header(place: Place, data: bytes) -> Any:
         DataError: It is not DICOM, or damaged.
     """
     return _parse(place, data, pixels=False)
+
+
+def header_size(place: Place, files: Sequence[Place]) -> tuple[int, ...]:
+    """Height and width of a file, or depth, height and width of a series or multi-frame file, from headers.
+
+    Args:
+        place: File, or folder of a series.
+        files: The files of the folder; none for a single file.
+
+    Raises:
+        DataError: Not DICOM, damaged, or without a size.
+    """
+    slices = [file for file in files if not _ignored(file)]
+    if files and not slices:
+        raise DataError(f"{place.name} has no DICOM files.")
+    first = slices[0] if slices else place
+    header = read_header(first, read_bytes(first))
+    if "Rows" not in header or "Columns" not in header:
+        raise DataError(f"{first.name} has no pixels: it is cut off, or of a kind without an image.")
+    plane = (int(header.Rows), int(header.Columns))
+    frames = len(slices) if slices else int(header.get("NumberOfFrames", 1) or 1)
+    return (frames, *plane) if slices or frames > 1 else plane
 
 
 def _parse(place: Place, data: bytes, pixels: bool = True) -> Any:
@@ -167,6 +189,8 @@ def _stored(place: Place, dataset: Any) -> NDArray[Any]:
     syntax = dataset.file_meta.TransferSyntaxUID
     if "PixelData" not in dataset and "FloatPixelData" not in dataset:
         raise DataError(f"{place.name} has no pixels: it is cut off, or of a kind without an image ({syntax.name}).")
+    if int(dataset.get("Rows", 0) or 0) * int(dataset.get("Columns", 0) or 0) > MAX_PIXELS:
+        raise DataError(f"{place.name}: {dataset.Rows} x {dataset.Columns} is more than {MAX_PIXELS} pixels.")
     if syntax.is_compressed and syntax.is_encapsulated:
         try:
             available = pydicom.pixels.get_decoder(syntax).is_available
@@ -201,7 +225,7 @@ def _picture(place: Place, dataset: Any, stored: NDArray[Any], group: dict[str, 
         return Picture(stored.transpose(2, 0, 1), spacing)
     inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
     values, turn = _values(place, dataset, stored, group, inverted)
-    if stored.dtype == np.uint8 and values is stored:
+    if values.dtype == np.uint8:
         return Picture(values[None], spacing)
     return Picture(values.astype(np.float32)[None], spacing, _window(group, turn))
 
@@ -211,7 +235,8 @@ def _values(
 ) -> tuple[NDArray[Any], float | None]:
     """Real values, and for MONOCHROME1 the sum of old and new value of every pixel."""
     padding = dataset.get("PixelPaddingValue")
-    padded = None if padding is None else stored == padding
+    # Some GE files hold a signed padding value in an unsigned field: 63536 stands for -2000.
+    padded = None if padding is None else stored == np.array(padding).astype(stored.dtype)
     slope = float(group["RescaleSlope"] if group["RescaleSlope"] is not None else 1)
     intercept = float(group["RescaleIntercept"] or 0)
     values: NDArray[Any] = stored

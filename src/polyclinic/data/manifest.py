@@ -177,7 +177,7 @@ def _checked_label(case: Case, table: TableSettings, task: TaskSettings) -> Case
                 f"{case.where}: 'labels' of the table does not translate {unknown!r}{nearest(unknown, table.labels)} "
                 f"It has: {', '.join(table.labels)}. Add the value, or leave its rows out with 'where'."
             )
-        names = list(dict.fromkeys(table.labels[name] for name in names))
+        names = [name for name in dict.fromkeys(table.labels[name] for name in names) if name]
     return replace(case, label="|".join(names))
 
 

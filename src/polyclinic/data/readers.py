@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -214,6 +215,8 @@ def _from_nifti(place: Place) -> Picture:
         image = kind.from_bytes(plain)
         if image.ndim not in (2, 3) and any(n != 1 for n in image.shape[3:]):
             raise DataError(f"{place.name} has shape {image.shape}. Store one volume without time or channels.")
+        if math.prod(image.shape) * image.get_data_dtype().itemsize > len(plain):
+            raise DataError(f"{place.name} is cut off: its header announces {image.shape} voxels. Fetch it again.")
         shape = (*image.shape, 1)[:3]
         stored = np.asanyarray(image.dataobj).reshape(shape)
         stored = _numbers(stored, place)
@@ -231,3 +234,32 @@ def _from_nifti(place: Place) -> Picture:
         spacing = tuple(s for axis, s in enumerate(spacing) if axis != flat[0])
         volume = volume.squeeze(axis=flat[0])
     return Picture(np.ascontiguousarray(volume)[None], spacing)
+
+
+def image_size(source: str, reference: str) -> tuple[int, ...]:
+    """Height and width, or depth, height and width, from the header alone where the format allows it.
+
+    Raises:
+        DataError: As ``read_picture``, but only for what the header shows.
+    """
+    place = locate(source, reference)
+    name = (place.member or place.path.name).lower()
+    if place.path.suffix.lower() != ".npz" and name.endswith(PILLOW):
+        return _pillow_size(place)
+    if place.path.suffix.lower() != ".npz" and not name.endswith(NIFTI):
+        from polyclinic.data.dicom import header_size
+
+        files = list_folder(place)
+        return header_size(place, files)
+    return tuple(read_picture(source, reference).pixels.shape[1:])
+
+
+def _pillow_size(place: Place) -> tuple[int, int]:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(read_bytes(place))) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise DataError(f"{place.name} cannot be decoded ({error}). The file is damaged: fetch it again.") from error

@@ -1,6 +1,7 @@
 """Bytes and arrays behind a reference: a folder, a zip, an NPZ, or one of the latter below a folder.
 
-Open zips and decoded NPZ arrays are kept until ``close_sources``. All functions may be called from several threads.
+Open zips and decoded NPZ arrays are kept until ``close_sources``, or until the last ``kept_open`` ends. All functions
+may be called from several threads.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import lzma
 import threading
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -92,6 +95,7 @@ _Key = tuple[str, int, int]
 _zips: dict[_Key, _Zip] = {}
 _arrays: dict[tuple[_Key, str], np.ndarray] = {}
 _lock = threading.RLock()
+_users = 0
 
 
 def _key(path: Path) -> _Key:
@@ -114,6 +118,21 @@ def close_sources() -> None:
             opened.close()
         _zips.clear()
         _arrays.clear()
+
+
+@contextmanager
+def kept_open() -> Iterator[None]:
+    """Keep sources open inside; the last of several to end closes them."""
+    global _users
+    with _lock:
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                close_sources()
 
 
 def read_bytes(place: Place) -> bytes:
@@ -176,7 +195,7 @@ def _load_array(place: Place, key: str) -> np.ndarray:
             raise _too_large(place, size)
         with np.load(place.path, allow_pickle=False) as arrays:
             return np.asarray(arrays[key])
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError, MemoryError) as error:
         raise DataError(f"{place.name} cannot be read: {error}. Write the NPZ again, numbers only.") from error
 
 

@@ -89,6 +89,8 @@ def _table(path: Path, records: Iterator[list[str]]) -> Table:
     columns = [name.strip() for name in next(records, [])]
     if not columns:
         raise DataError(f"{path.name} is empty. Its first row must name the columns.")
+    if len(columns) == 1 and (";" in columns[0] or "\t" in columns[0]):
+        raise DataError(f"{path.name} is separated by semicolons or tabs. Save it as comma-separated UTF-8.")
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
         raise DataError(f"{path.name} has the column '{twice[0]}' twice. Rename or remove one of them.")

@@ -72,7 +72,9 @@ def _match_channels(pixels: NDArray[Any], channels: int, name: str) -> NDArray[A
         return np.repeat(pixels, channels, axis=0)
     if pixels.shape[0] != 3:
         raise DataError(f"{name} has {pixels.shape[0]} channels; 1 or 3 are read.")
-    spread = float((pixels.max(axis=0) - pixels.min(axis=0)).max())
+    red, green, blue = pixels
+    largest = np.maximum(np.maximum(red, green), blue)
+    spread = float((largest - np.minimum(np.minimum(red, green), blue)).max())
     if pixels.dtype != np.uint8:
         spread *= 255
     if spread > GREY_TOLERANCE:
@@ -80,8 +82,10 @@ def _match_channels(pixels: NDArray[Any], channels: int, name: str) -> NDArray[A
             f"{name} is a colour image in a grey study: its channels differ by up to {spread:.0f} of 255 "
             f"(allowed: {GREY_TOLERANCE}). Set data.image.channels to 3, or convert the image."
         )
-    mean: NDArray[Any] = pixels.astype(np.float32).mean(axis=0, keepdims=True)
-    return np.rint(mean).astype(np.uint8) if pixels.dtype == np.uint8 else mean
+    if pixels.dtype == np.uint8:
+        total = red.astype(np.uint16) + green + blue + 1
+        return np.asarray(total // 3, dtype=np.uint8)[None]
+    return np.asarray((red + green + blue) / 3, dtype=np.float32)[None]
 
 
 def _geometry(shape: tuple[int, int], target: tuple[int, int], fit: str) -> tuple[tuple[int, int], tuple[int, int]]:

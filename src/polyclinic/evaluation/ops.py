@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from polyclinic.methods.base import Method
 
 
+AUTO_METRIC = {"multi-class": "balanced_accuracy", "multi-label": "auroc", "segmentation": "dice"}
+"""What chooses the round where the study says ``auto``."""
+
+
 def evaluation_ops(method: Method) -> dict[str, Op]:
     """The site's side for this method."""
 
@@ -85,7 +89,7 @@ def choose(method: Method, channel: Channel, state: ServerState, found: Mapping[
     settings = method.study.evaluation
     metric = settings.metric
     if metric == "auto":
-        metric = "dice" if method.study.task.kind == "segmentation" else "loss"
+        metric = AUTO_METRIC[method.study.task.kind]
     values = [m[metric] for m in found.values() if not np.isnan(m.get(metric, np.nan))]
     score = float(np.mean(values)) * (-1 if lower_is_better(metric) else 1) if values else None
     best = state.scalars.get("best_score")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 
 
 def stream(seed: int, site: str, patient: int, purpose: str) -> np.random.Generator:
@@ -58,7 +58,7 @@ def axes(size: tuple[int, ...]) -> tuple[Array, ...]:
     return y.astype(np.float32)[:, None], x.astype(np.float32)[None, :]
 
 
-def posed(size: tuple[int, ...], angle: float, zoom: float, shift: Sequence[float]) -> tuple[Array, Array]:
+def posed(size: tuple[int, ...], angle: float, zoom: float, shift: Sequence[float] | Array) -> tuple[Array, Array]:
     """Coordinates (y, x), each (H, W), of a patient turned by ``angle`` (radians), enlarged and shifted."""
     y, x = axes(size)
     c, s = np.float32(np.cos(angle) / zoom), np.float32(np.sin(angle) / zoom)
@@ -90,7 +90,8 @@ def ripple(values: Array) -> Array:
 def clouds(rng: np.random.Generator, size: tuple[int, int], knots: int) -> Array:
     """Smooth noise of mean 0 and deviation about 0.6, shape ``size``; more knots, finer grain."""
     grid = rng.standard_normal((knots, knots), dtype=np.float32) * np.float32(1.3)
-    return _pixel_weights(size[0], knots) @ grid @ _pixel_weights(size[1], knots).T
+    noise: Array = _pixel_weights(size[0], knots) @ grid @ _pixel_weights(size[1], knots).T
+    return noise
 
 
 def solid_clouds(rng: np.random.Generator, z: Array, size: tuple[int, int], knots: int) -> Array:

@@ -75,7 +75,9 @@ def _drawn_classes(kind: str, task: TaskSettings) -> tuple[str, ...]:
     offered = known if task.kind == "multi-class" else known[1:]
     for name in task.classes:
         if name not in offered:
-            raise StudyError(f"task.classes: a {kind} phantom has no {task.kind} class {name!r}. {nearest(name, offered)}")
+            raise StudyError(
+                f"task.classes: a {kind} phantom has no {task.kind} class {name!r}. {nearest(name, offered)}"
+            )
     if task.kind == "multi-class" and len(task.classes) < 2:
         raise StudyError(f"task.classes: needs at least two of {', '.join(offered)}; got {task.classes[0]} alone.")
     return tuple(name for name in known if name in task.classes or (task.kind == "multi-label" and name == known[0]))

@@ -1,0 +1,184 @@
+"""What every method must do. A method joins by being listed in ``METHODS``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import IMAGES, deployed, sites, toy_study, trained
+
+from polyclinic.errors import PolyclinicError, UndeclaredError
+from polyclinic.federation.message import Message
+from polyclinic.federation.state import ServerState
+from polyclinic.methods import METHODS
+from polyclinic.models.normalisation import norm_parameter_names, running_statistics
+from polyclinic.results import RunFolder
+from polyclinic.runner import Run, Silent
+from polyclinic.study import Study
+
+PLAIN: dict[str, dict[str, Any]] = {"fedprox": {"mu": 0.0}, "fedavg-ft": {"finetune_steps": 0}}
+"""Settings under which a method with a single site is plain local training."""
+
+METHOD = pytest.mark.parametrize("method", sorted(METHODS))
+CNN = {"name": "small-cnn", "width": 4}
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def end_state(run: Run) -> dict[str, torch.Tensor]:
+    """All that training leaves: the server's groups and what each site would deploy."""
+    server = {f"{g}/{n}": t for g, group in run.state.groups.items() for n, t in group.items()}
+    return server | {f"{s}/{n}": t for s in run.channel.sites for n, t in deployed(run, s).items()}
+
+
+@METHOD
+def test_same_seed_same_result_and_another_seed_another(method: str, tmp_path: Path) -> None:
+    study = toy_study(method, training={"batch_size": 4})
+    first, second = (end_state(trained(study, sites(), tmp_path / name)) for name in "ab")
+    assert same(first, second)
+    other = study.model_copy(update={"seed": 1})
+    assert not same(first, end_state(trained(other, sites(), tmp_path / "c")))
+
+
+@METHOD
+def test_zero_learning_rate_is_the_identity(method: str, tmp_path: Path) -> None:
+    run = trained(toy_study(method, training={"lr": 0.0}), sites(), tmp_path)
+    start = run.bench.initial
+    assert same(dict(run.state.groups["model"]), {n: start[n] for n in run.state.groups["model"]})
+    for site in run.channel.sites:
+        assert same(deployed(run, site), dict(start))
+
+
+@METHOD
+def test_one_site_equals_local_training(method: str, tmp_path: Path) -> None:
+    only = {"north": IMAGES["north"]}
+    alone = trained(toy_study("local"), sites(only), tmp_path / "local")
+    run = trained(toy_study({"name": method, **PLAIN.get(method, {})}), sites(only), tmp_path / "method")
+    ours = deployed(run, "north") if method == "local" else run.state.groups["model"]
+    for name, wanted in deployed(alone, "north").items():
+        assert not torch.equal(wanted, run.bench.initial[name])
+        torch.testing.assert_close(ours[name], wanted, rtol=1e-5, atol=1e-6)
+
+
+@METHOD
+def test_order_of_sites_does_not_matter(method: str, tmp_path: Path) -> None:
+    study = toy_study(method, training={"batch_size": 5})
+    forward = trained(study, sites(), tmp_path / "a")
+    backward = trained(study, dict(reversed(sites().items())), tmp_path / "b")
+    assert same(end_state(forward), end_state(backward))
+    assert forward.channel.sites == backward.channel.sites == tuple(sorted(IMAGES))
+
+
+@METHOD
+def test_a_new_process_goes_on_bit_for_bit(method: str, tmp_path: Path) -> None:
+    study = toy_study(method, training={"batch_size": 5}, model=CNN, data={"image": {"size": [8, 8]}})
+    data = _small_images()
+    whole = trained(study, data, tmp_path / "whole")
+    folder = RunFolder(tmp_path / "parts")
+    folder.create(study)
+    _stop_after(study, data, folder, rounds=1)
+    resumed = Run(study, data, folder, Silent())
+    assert resumed.state.finished == 1
+    resumed.train()
+    assert same(end_state(whole), end_state(resumed))
+
+
+@METHOD
+def test_state_survives_safetensors(method: str, tmp_path: Path) -> None:
+    run = trained(toy_study(method), sites(), tmp_path)
+    run.state.save(tmp_path / "again.safetensors")
+    back = ServerState.load(tmp_path / "again.safetensors")
+    assert back.finished == run.state.finished == 3
+    assert back.scalars == run.state.scalars
+    assert back.groups.keys() == run.state.groups.keys()
+    for group, tensors in run.state.groups.items():
+        assert same(back.groups[group], tensors)
+
+
+@METHOD
+def test_evaluation_leaves_training_untouched(method: str, tmp_path: Path) -> None:
+    data = _small_images()
+    ends = []
+    for every in (0, 1):
+        study = toy_study(
+            method, model=CNN, data={"image": {"size": [8, 8]}}, evaluation={"every": every, "select": "last"}
+        )
+        run = trained(study, data, tmp_path / str(every))
+        ends.append(end_state(run))
+    assert same(*ends)
+
+
+@METHOD
+@pytest.mark.parametrize("norm", ["batch", "batch-local", "group", "instance"])
+def test_buffers_behave_as_declared(method: str, norm: str, tmp_path: Path) -> None:
+    sections = {"model": {**CNN, "norm": norm}, "data": {"image": {"size": [16, 16]}}}
+    if method == "pooled" and norm == "batch-local":
+        with pytest.raises(PolyclinicError, match="batch-local"):
+            toy_study(method, **sections)
+        return
+    run = trained(toy_study(method, **sections), _small_images(16), tmp_path)
+    sent = set(run.state.groups["model"])
+    statistics = {n for n in running_statistics(run.bench.model) if not n.endswith("num_batches_tracked")}
+    if method == "fedbn":
+        assert not sent & norm_parameter_names(run.bench.model)
+    elif norm == "batch":
+        assert statistics
+        assert statistics <= sent
+    else:
+        assert not sent & statistics
+    assert bool(statistics) == norm.startswith("batch")
+
+
+@METHOD
+def test_nothing_undeclared_leaves(method: str, tmp_path: Path) -> None:
+    study = toy_study(method)
+    RunFolder(tmp_path).create(study)
+    run = Run(study, sites(), RunFolder(tmp_path), Silent())
+    replies: dict[str, Message] = {}
+    run.channel._on_call = lambda op, site, reply: replies.setdefault(op, reply)
+    run.train()
+    shared = set(run.method.shared(run.bench.model))
+    for op, reply in replies.items():
+        declared = {leaf.name for leaf in run.channel._sites["north"]._ops[op].leaves}
+        assert set(reply.groups()) <= declared
+        for name in reply.arrays:
+            assert name.partition("/")[2] in shared
+    for leaf in run.method.ops()["train"].leaves:
+        assert leaf.derived_from in {"images", "labels", "counts", "nothing"}
+
+
+def test_the_door_is_shut(tmp_path: Path) -> None:
+    study = toy_study("fedavg")
+    RunFolder(tmp_path).create(study)
+    run = Run(study, sites(), RunFolder(tmp_path), Silent())
+    site = run.channel._sites["north"]
+    op = site._ops["train"]
+    leaky = type(op)(lambda s, m: Message.pack({"images": {"all": s.data.images}}), op.leaves)
+    site._ops = {"train": leaky}
+    run.channel._tolerant = True
+    with pytest.raises(UndeclaredError, match=r"north.*train.*images.*Declare"):
+        run.train()
+
+
+def _small_images(size: int = 8) -> dict[str, Any]:
+    data = sites()
+    for own in data.values():
+        own._blocks = (torch.nn.functional.interpolate(own.images, size=(size, size)),)
+    return data
+
+
+def _stop_after(study: Study, data: dict[str, Any], folder: RunFolder, rounds: int) -> None:
+    class Enough(Exception):
+        pass
+
+    class Stopper(Silent):
+        def round_finished(self, record: Any) -> None:
+            if record["round"] == rounds:
+                raise Enough
+
+    with pytest.raises(Enough):
+        Run(study, data, folder, Stopper()).train()

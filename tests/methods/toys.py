@@ -1,0 +1,78 @@
+"""A network with a closed form, and sites made of random numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyclinic.data.dataset import SiteData
+from polyclinic.data.manifest import Case
+from polyclinic.results import RunFolder
+from polyclinic.runner import Run, Silent
+from polyclinic.study import Study, validate_study
+
+SIZE = 4
+IMAGES = {"north": 24, "south": 12, "west": 6}
+
+
+def linear(in_channels: int, out_channels: int, spatial_dims: int, norm: str) -> nn.Module:
+    """Softmax regression on the pixels."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * SIZE**spatial_dims, out_channels))
+
+
+def site_data(site: str, images: int, seed: int = 0) -> SiteData:
+    """Random grey images of ``SIZE`` pixels a side; the class shows in the mean. Two thirds train, the rest val/test."""
+    draw = torch.Generator().manual_seed(seed * 1000 + sum(map(ord, site)))
+    train, held = images, max(4, images // 3)
+    count = train + 2 * held
+    targets = torch.arange(count) % 2
+    pixels = torch.rand(count, 1, SIZE, SIZE, generator=draw) * 0.5 + 0.5 * targets[:, None, None, None] * 0.5
+    names = ["train"] * train + ["val"] * held + ["test"] * held
+    cases = [
+        Case(f"{i}.png", f"{site}-{i}", site, label="ab"[int(targets[i])], split=names[i]) for i in range(count)
+    ]
+    bounds = {"train": (0, train), "val": (train, train + held), "test": (train + held, count)}
+    splits = {name: torch.arange(*ends) for name, ends in bounds.items()}
+    return SiteData(site, cases, pixels, targets, splits)
+
+
+def sites(sizes: dict[str, int] | None = None) -> dict[str, SiteData]:
+    """Three sites of unequal size."""
+    return {name: site_data(name, n) for name, n in (sizes or IMAGES).items()}
+
+
+def toy_study(method: str | dict[str, Any], **sections: Any) -> Study:
+    """Full-batch plain gradient descent on the linear network, three rounds, unless ``sections`` say otherwise."""
+    raw: dict[str, Any] = {
+        "name": "toy",
+        "task": {"kind": "multi-class", "classes": ["a", "b"]},
+        "data": {"phantom": {"sites": [{"name": "unused"}]}, "image": {"size": [SIZE, SIZE]}},
+        "model": {"name": "toys:linear"},
+        "training": {"lr": 0.1, "batch_size": 1000},
+        "evaluation": {"every": 0, "bootstrap": 20, "select": "last"},
+    }
+    for name, section in sections.items():
+        raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
+    given = {"name": method} if isinstance(method, str) else method
+    return validate_study({**raw, "method": {"rounds": 3, **given}})
+
+
+def trained(study: Study, data: dict[str, SiteData], folder: Path) -> Run:
+    """The run after its last round."""
+    opened = RunFolder(folder)
+    if not (folder / "study.yaml").exists():
+        opened.create(study)
+    run = Run(study, data, opened, Silent())
+    run.train()
+    return run
+
+
+def deployed(run: Run, site: str) -> dict[str, torch.Tensor]:
+    """What the site would use now."""
+    own = run.channel._sites[site]
+    own.round = run.state.finished
+    run.method.deploy(own, run.method.deployment(run.state))
+    return {name: tensor.clone() for name, tensor in own.tensors.items()}
