@@ -7,9 +7,6 @@ settings of a method are looked up.
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from polyclinic.errors import StudyError
+from polyclinic.yaml_settings import explain, nearest, override, read_yaml
 
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
@@ -280,8 +278,8 @@ class EvaluationSettings(Settings):
     select: Literal["best", "last"] = "best"
     """Which round's model is kept: the best by ``metric`` on validation images (mean over sites), or the last."""
     metric: str = "auto"
-    """What ``best`` means: ``loss`` (lower is better) or any metric of the task; ``auto``: balanced_accuracy for
-    multi-class, auroc for multi-label, dice for segmentation."""
+    """What ``best`` means: for classification any metric (``loss``, ``auroc``, ``balanced_accuracy``, ...), for
+    segmentation ``dice``; ``auto``: balanced_accuracy for multi-class, auroc for multi-label, dice for segmentation."""
     bootstrap: int = Field(1000, ge=0, le=100_000)
     """Resamples of the patients for the intervals."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
@@ -327,7 +325,7 @@ class Study(Settings):
     """The network."""
     training: TrainingSettings = TrainingSettings()
     """Local training."""
-    method: SerializeAsAny[Any] = Field(default_factory=lambda: {"name": "fedavg"})
+    method: SerializeAsAny[Any] = Field("fedavg", validate_default=True)
     """How the sites learn together: a name and that method's settings."""
     aggregation: AggregationSettings = AggregationSettings()
     """How updates are combined."""
@@ -372,9 +370,9 @@ def load_study(
         StudyError: The file is missing, is no YAML, has an unknown key, a wrong value or an impossible combination.
     """
     path = Path(path)
-    raw = _read_yaml(path)
-    for override in overrides:
-        _override(raw, override)
+    raw = read_yaml(path)
+    for text in overrides:
+        override(raw, text)
     raw.setdefault("name", path.stem)
     study = validate_study(raw, str(path))
     moved = data_root or os.environ.get("POLYCLINIC_DATA")
@@ -395,18 +393,25 @@ def validate_study(raw: Mapping[str, Any], where: str = "study") -> Study:
         study = Study.model_validate(dict(raw))
     except ValidationError as error:
         raise StudyError(explain(error, Study, where, raw)) from None
+    _check_metric(study)
     check_combination(study)
     return study
+
+
+def _check_metric(study: Study) -> None:
+    from polyclinic.evaluation.names import CLASSIFICATION_METRICS
+
+    known = ["auto", *(["dice"] if study.task.kind == "segmentation" else CLASSIFICATION_METRICS)]
+    if study.evaluation.metric not in known:
+        raise StudyError(
+            f"evaluation.metric: {study.evaluation.metric!r} is not measured on validation images of a "
+            f"{study.task.kind} task.{nearest(study.evaluation.metric, known)}"
+        )
 
 
 def dump_study(study: Study) -> str:
     """The study as YAML with every default written out; ``load_study`` reads it back to an equal study."""
     return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def study_digest(study: Study) -> str:
-    """SHA-256 of the resolved study: what ``--resume`` compares."""
-    return hashlib.sha256(json.dumps(study.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def with_method(study: Study, method: str | Mapping[str, Any], seed: int) -> Study:
@@ -417,14 +422,19 @@ def with_method(study: Study, method: str | Mapping[str, Any], seed: int) -> Stu
     from polyclinic.methods import check_combination, parse_params, params_class
 
     wanted = {"name": method} if isinstance(method, str) else dict(method)
-    kept = study.method.model_dump()
-    fields = params_class(str(wanted.get("name"))).model_fields
-    same = wanted.get("name") == study.method.name
-    carried = {k: v for k, v in kept.items() if k in fields and (same or k in ("rounds", "participation"))}
+    name = wanted.get("name")
+    if not isinstance(name, str):
+        raise StudyError(f"compare.methods: {wanted} has no name. Write {{name: fedprox, strength: 0.1}}, for instance.")
     try:
+        fields = params_class(name).model_fields
+        kept = study.method.model_dump().items()
+        same = name == study.method.name
+        carried = {k: v for k, v in kept if k in fields and (same or k in ("rounds", "participation"))}
         params = parse_params({**carried, **wanted})
     except ValidationError as error:
-        raise StudyError(explain(error, params_class(str(wanted["name"])), f"compare.methods, {wanted['name']}")) from None
+        raise StudyError(explain(error, params_class(name), f"compare.methods, {name},")) from None
+    except ValueError as error:
+        raise StudyError(f"compare.methods: {error}") from None
     changed = study.model_copy(update={"method": params, "seed": seed, "compare": ComparisonSettings()})
     check_combination(changed)
     return changed
@@ -432,105 +442,16 @@ def with_method(study: Study, method: str | Mapping[str, Any], seed: int) -> Stu
 
 def study_schema() -> dict[str, Any]:
     """JSON schema of the study file, with the settings of every method."""
-    from polyclinic.methods import METHODS, params_class
+    from polyclinic.methods import METHODS, method_class, params_class
 
     schema = Study.model_json_schema()
     choices: list[dict[str, Any]] = [{"enum": sorted(METHODS)}]
     for name in sorted(METHODS):
         part = params_class(name).model_json_schema(ref_template="#/$defs/{model}")
+        part["properties"]["name"]["description"] = method_class(name).title
         schema["$defs"].update(part.pop("$defs", {}))
         schema["$defs"][part["title"]] = part
         choices.append({"$ref": f"#/$defs/{part['title']}"})
     description = schema["properties"]["method"].get("description", "")
     schema["properties"]["method"] = {"description": description, "default": "fedavg", "anyOf": choices}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """``" Did you mean 'x'?"`` or the list of what is known, for error messages."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
-
-
-def explain(
-    error: ValidationError, model: type[BaseModel], where: str, raw: Mapping[str, Any] | None = None
-) -> str:
-    """One line per fault: where it is, what was seen, what is wanted.
-
-    Args:
-        error: What pydantic found.
-        model: The settings that were validated.
-        where: Origin of the settings.
-        raw: The settings as given, where ``model`` is a study: its method decides which keys ``method`` has.
-    """
-    lines = [f"{where} is not a valid study:"]
-    for fault in error.errors():
-        path = [str(part) for part in fault["loc"]]
-        place = ".".join(path) or "(top level)"
-        if fault["type"] == "extra_forbidden":
-            fields = _fields_at(model, fault["loc"][:-1], raw)
-            lines.append(f"  {place}: there is no such key.{nearest(path[-1], fields)}")
-        elif fault["type"] == "missing":
-            lines.append(f"  {place}: this key is required.")
-        else:
-            message = fault["msg"].removeprefix("Value error, ")
-            seen = "" if fault["type"] == "value_error" else f" Seen: {fault['input']!r}."
-            lines.append(f"  {place}: {message.rstrip('.')}.{seen}")
-    return "\n".join(lines)
-
-
-def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...], raw: Mapping[str, Any] | None) -> list[str]:
-    """Names of the fields of the settings class that ``loc`` leads to."""
-    from polyclinic.methods import params_class
-
-    current: Any = model
-    if loc == ("method",) and raw is not None:
-        return list(params_class(raw["method"].get("name", "fedavg")).model_fields)
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation = current.model_fields[part].annotation if part in current.model_fields else None
-        while annotation is not None and not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            candidates = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
-            annotation = candidates[0] if candidates else None
-        if annotation is None:
-            return []
-        current = annotation
-    return list(current.model_fields)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise StudyError(f"there is no study file {path}. Give the path of a YAML file; see examples/.")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path} is not YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise StudyError(f"{path} holds {type(raw).__name__}, not a mapping of settings.")
-    return raw
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    """Apply one ``key.path=value`` to the raw study in place; a list is indexed by number."""
-    key, found, text = override.partition("=")
-    if not found or not key.strip():
-        raise StudyError(f"--set {override!r}: write key.path=value, for instance method.rounds=5.")
-    parts = key.strip().split(".")
-    target: Any = raw
-    for depth, part in enumerate(parts[:-1]):
-        index: Any = int(part) if isinstance(target, list) and part.isdigit() else part
-        if isinstance(target, dict):
-            if isinstance(target.get(part), str) and part == "method":
-                target[part] = {"name": target[part]}
-            target.setdefault(part, {})
-        try:
-            target = target[index]
-        except (KeyError, IndexError, TypeError):
-            raise StudyError(f"--set {override!r}: there is no {'.'.join(parts[: depth + 1])} in the study.") from None
-    last = parts[-1]
-    try:
-        value = yaml.safe_load(text)
-        target[int(last) if isinstance(target, list) else last] = value
-    except (IndexError, TypeError, ValueError, yaml.YAMLError):
-        raise StudyError(f"--set {override!r}: {key} cannot be set to {text!r} here.") from None

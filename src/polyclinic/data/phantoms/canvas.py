@@ -70,12 +70,14 @@ def step(distance: Array, width: float) -> Array:
     t = distance * np.float32(1 / width)
     t += np.float32(0.5)
     np.clip(t, 0, 1, out=t)
-    return t * t * (3 - 2 * t)
+    edge: Array = t * t * (3 - 2 * t)
+    return edge
 
 
 def bump(squared_distance: Array) -> Array:
     """Smooth hill ``exp(-d²/2)``."""
-    return np.exp(squared_distance * np.float32(-0.5))
+    hill: Array = np.exp(squared_distance * np.float32(-0.5))
+    return hill
 
 
 def ripple(values: Array) -> Array:

@@ -181,7 +181,8 @@ def _bones(z: Array, y: Array, x: Array, across: Array, radius: Array, fat: floa
     ribs = shell * step(ripple(angle * 1.75 + z * 4.2) - 0.45, 0.3) * step(across - 0.16, 0.06)
     sternum = step(0.10 - across, 0.04) * bump(((y + 0.56 - fat * 0.6) / 0.03) ** 2) * step(z + 0.35, 0.1)
     bone = np.maximum(np.maximum(spine, ribs), sternum)
-    return -1000 + 1000 * np.minimum(bone * 4, 1) + 600 * bone
+    hounsfield: Array = -1000 + 1000 * np.minimum(bone * 4, 1) + 600 * bone
+    return hounsfield
 
 
 def _vessels(rng: np.random.Generator, z: Array, y: Array, across: Array) -> Array:

@@ -1,0 +1,128 @@
+"""What the page of one run shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyclinic.evaluation.names import metric_label
+from polyclinic.evaluation.predictions import CaseScores, Predictions
+from polyclinic.report.curves import curve_keys, learning_panels, site_effort, traffic_panels, traffic_table
+from polyclinic.report.diagnostics import (
+    confusion,
+    label_counts,
+    reliability_panel,
+    roc_panel,
+    score_panels,
+    usable,
+)
+from polyclinic.report.figures import Key, slug
+from polyclinic.report.folder import Json, Run
+from polyclinic.report.pictures import example_cards
+
+HEADLINE = {"multi-class": "auroc", "multi-label": "auroc", "segmentation": "dice"}
+
+
+def run_context(run: Run) -> dict[str, Any]:
+    """Everything ``run.html`` needs."""
+    metrics = run.metrics
+    kind, classes = metrics["task"], metrics["classes"]
+    tests = {site: part.of_split("test") for site, part in run.predictions.items()}
+    return {
+        "title": f"{metrics['study']}: {metrics['method']}",
+        "study": run.study,
+        "metrics": metrics,
+        "environment": run.environment,
+        "privacy": run.privacy,
+        "facts": facts(run.study) | {"Seed": str(metrics["seed"])},
+        "method_settings": {k: v for k, v in run.study["method"].items() if k != "name"},
+        "headline": HEADLINE[kind],
+        "rows": headline_rows(metrics, classes),
+        "label_rows": label_rows(metrics),
+        "curves": learning_panels(run),
+        "keys": Key.of(curve_keys(run)),
+        "op_keys": Key.of([row["op"] for row in traffic_table(run) if row["rounds"]]),
+        "class_keys": Key.of(
+            classes if kind != "segmentation" and not (kind == "multi-class" and len(classes) == 2) else []
+        ),
+        "diagnostics": _diagnostics(tests, classes, kind),
+        "examples": {s: example_cards(e, classes, kind, s) for s, e in run.examples.items() if len(e["images"])},
+        "traffic": traffic_panels(run),
+        "traffic_rows": traffic_table(run),
+        "effort_rows": site_effort(run),
+        "notes": notes(run),
+        "confidence": run.study["evaluation"]["confidence"],
+        "bootstrap": run.study["evaluation"]["bootstrap"],
+    }
+
+
+def facts(study: Json) -> dict[str, str]:
+    """The study in a few lines: task, data, network, training."""
+    task, data, model, training = study["task"], study["data"], study["model"], study["training"]
+    source = "real images, " + ", ".join(table["path"] for table in data["tables"]) if data["tables"] else ""
+    if data.get("phantom"):
+        source = f"made-up images (phantom {data['phantom']['kind']}, seed {data['phantom']['seed']})"
+    length = f"{training['steps']} steps" if training.get("steps") else f"{training['epochs']} epochs"
+    return {
+        "Task": f"{task['kind']}: {', '.join(task['classes'])}",
+        "Images": f"{source}; {' × '.join(map(str, data['image']['size']))} pixels",
+        "Network": f"{model['name']}, {model['norm']} normalisation",
+        "Local training": f"{training['optimizer']}, learning rate {training['lr']:g}, batches of "
+        f"{training['batch_size']}, {length} per round",
+    }
+
+
+def headline_rows(metrics: Json, classes: list[str]) -> list[Json]:
+    """One row per metric: cells of the mean, the worst site and each site."""
+    alone = len(classes) == 2 and metrics["task"] == "segmentation"
+    names = [name for name in metrics["mean"] if not (alone and name.endswith(f"_{classes[1]}"))]
+    return [
+        {
+            "metric": name,
+            "mean": metrics["mean"][name],
+            "worst": metrics["worst"][name],
+            "sites": [entry["test"][name] for entry in metrics["sites"].values()],
+        }
+        for name in names
+    ]
+
+
+def label_rows(metrics: Json) -> list[Json]:
+    """Images of each class, by site and split; none for segmentation or where the run did not count them."""
+    rows = []
+    for site, entry in metrics["sites"].items():
+        counts = entry.get("labels") or {}
+        for name in metrics["classes"]:
+            row = [counts.get(split, {}).get(name, 0) for split in ("train", "val", "test")]
+            rows.append({"site": site, "name": name, "counts": row})
+    return rows if any(any(row["counts"]) for row in rows) else []
+
+
+def notes(run: Run) -> list[tuple[str, str]]:
+    """Where and what: notes of the run, of each site, and absences by round."""
+    found = [("", str(note)) for note in run.metrics.get("notes", [])]
+    found += [(site, str(note)) for site, entry in run.metrics["sites"].items() for note in entry.get("notes", [])]
+    for record in run.rounds:
+        found += [(site, f"absent in round {record['round']}: {why}") for site, why in record.get("absent", {}).items()]
+    return found
+
+
+def _diagnostics(tests: dict[str, Predictions | CaseScores], classes: list[str], kind: str) -> Json:
+    cases = {site: test for site, test in tests.items() if isinstance(test, CaseScores)}
+    if kind == "segmentation":
+        return {"scores": score_panels(cases, classes)}
+    multilabel = kind == "multi-label"
+    parts = {site: test for site, test in tests.items() if isinstance(test, Predictions)}
+    tables = [
+        {
+            "id": slug(f"confusion-{site}"),
+            "site": site,
+            "rows": (label_counts if multilabel else confusion)(test, classes),
+        }
+        for site, test in parts.items()
+        if usable(test)
+    ]
+    return {
+        "roc": [roc_panel(site, test, classes, multilabel) for site, test in parts.items()],
+        "reliability": [reliability_panel(site, test, multilabel) for site, test in parts.items()],
+        "labels" if multilabel else "confusion": tables,
+    }
