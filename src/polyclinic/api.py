@@ -6,14 +6,20 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ValidationError
 
 from polyclinic.errors import RunError, StudyError
-from polyclinic.study import Study, TaskSettings, load_study
+from polyclinic.study import Settings, Study, TaskSettings, load_study
+from polyclinic.yaml_settings import explain
 
 if TYPE_CHECKING:
+    from polyclinic.data.build import Built
     from polyclinic.data.manifest import Case
     from polyclinic.runner import Observer
+
+Group = TypeVar("Group", bound=Settings)
 
 
 def run(
@@ -35,12 +41,14 @@ def run(
         The results folder, with ``report.html`` in it.
 
     Raises:
-        StudyError, DataError: Before any training. RunError: the folder cannot be used.
+        StudyError, DataError: Before any training. RunError: The folder cannot be used. SiteError: A site failed.
     """
     from polyclinic.comparison import planned, run_comparison
     from polyclinic.results import RunFolder, new_folder
     from polyclinic.runner import load_sites, run_one
 
+    if resume is not None and out is not None:
+        raise RunError(f"give --out for a new run or --resume {resume} to go on with one, not both.")
     if resume is not None:
         folder = RunFolder(Path(resume))
         before = folder.study()
@@ -185,37 +193,46 @@ def networks() -> list[dict[str, str]]:
     ]
 
 
-def headline(run_folder: Path) -> tuple[dict[str, dict[str, str]], str]:
-    """A run's or comparison's main metric as text: ``{method: {column: "value [low, high]"}}`` and its name."""
+def headline(run_folder: Path) -> tuple[list[dict[str, str]], str]:
+    """The main metric on test images as text, and a title.
+
+    A run has a row a site and one each for their mean and the worst; a comparison has a row a method with these two.
+    """
     from polyclinic.evaluation.names import metric_label
+    from polyclinic.report.run_page import HEADLINE
+    from polyclinic.results import RunFolder
 
     found = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))
-    tables = found.get("table") or {found["method"]: {**found, "sites": _tested(found)}}
-    metric = "dice" if found["task"] == "segmentation" else "balanced_accuracy"
-    rows = {}
-    for method, table in tables.items():
-        cells = {site: entry[metric] for site, entry in table["sites"].items()}
-        cells |= {"mean": table["mean"][metric], "worst site": table["worst"][metric]}
-        rows[method] = {"method": method} | {where: _shown(cell) for where, cell in cells.items()}
-    return rows, metric_label(metric)
-
-
-def _tested(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {site: entry["test"] for site, entry in metrics["sites"].items()}
+    settings = RunFolder(run_folder).study().evaluation
+    metric = HEADLINE[found["task"]]
+    label = metric_label(metric)
+    title = f"{label} on test images"
+    if settings.bootstrap:
+        title += f", with {100 * settings.confidence:g}% intervals"
+    if "table" in found:
+        rows = [
+            {"method": name, "mean of sites": _shown(part["mean"][metric]), "worst site": _shown(part["worst"][metric])}
+            for name, part in found["table"].items()
+        ]
+        return rows, title
+    cells = {name: entry["test"][metric] for name, entry in found["sites"].items()}
+    cells |= {"mean of sites": found["mean"][metric], "worst site": found["worst"][metric]}
+    return [{"site": name, label: _shown(cell)} for name, cell in cells.items()], title
 
 
 def _shown(cell: Mapping[str, Any]) -> str:
     if cell["value"] is None:
         return "undefined"
     interval = "" if cell["low"] is None else f" [{cell['low']:.3f}, {cell['high']:.3f}]"
-    return f"{cell['value']:.3f}{interval}"
+    place = f" {cell['site']}" if cell.get("site") else ""
+    return f"{cell['value']:.3f}{interval}{place}"
 
 
-def build(folder: Path, labels: Path | None, out: Path) -> Path:
+def build(folder: Path, labels: Path | None, out: Path, *, site: str = "") -> Built:
     """Make a manifest from a folder of images and a table of labels; see ``polyclinic.data.build``."""
     from polyclinic.data.build import build_manifest
 
-    return build_manifest(Path(folder), None if labels is None else Path(labels), Path(out))
+    return build_manifest(Path(folder), None if labels is None else Path(labels), Path(out), site=site)
 
 
 def split(manifest: Path, task: TaskSettings, out: Path, **settings: Any) -> Path:
@@ -230,7 +247,7 @@ def split(manifest: Path, task: TaskSettings, out: Path, **settings: Any) -> Pat
     from polyclinic.data.split import check_split, split_cases
     from polyclinic.study import SplitSettings
 
-    wanted = SplitSettings(**settings)
+    wanted = _settings(SplitSettings, settings)
     cases = split_cases(_cases(manifest, task), wanted)
     check_split(cases, wanted)
     return _written(cases, out)
@@ -248,7 +265,7 @@ def partition(manifest: Path, task: TaskSettings, out: Path, **settings: Any) ->
     from polyclinic.data.partition import partition_cases
     from polyclinic.study import PartitionSettings
 
-    return _written(partition_cases(_cases(manifest, task), PartitionSettings(**settings)), out)
+    return _written(partition_cases(_cases(manifest, task), _settings(PartitionSettings, settings)), out)
 
 
 def phantom(study: Study | Path | str, out: Path) -> Path:
@@ -287,6 +304,13 @@ def import_data(name: str, folder: Path, out: Path, **options: Any) -> list[Path
 
 def _loaded(study: Study | Path | str) -> Study:
     return study if isinstance(study, Study) else load_study(study)
+
+
+def _settings(kind: type[Group], given: Mapping[str, Any]) -> Group:
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        raise StudyError(explain(error, kind, "these settings are not valid:")) from None
 
 
 def _cases(manifest: Path, task: TaskSettings) -> list[Case]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -60,9 +61,6 @@ def main() -> None:
     except PolyclinicError as error:
         err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("stopped; finished rounds are safe, go on with --resume.")
-        sys.exit(130)
 
 
 @app.command()
@@ -86,8 +84,7 @@ def run(
     if study is None and resume is not None:
         from polyclinic.results import RunFolder
 
-        _run(RunFolder(resume).study(), out, resume)
-        return
+        study = RunFolder(resume).path / "study.yaml"
     _run(_load(study, set_, seed, device, data_root), out, resume)
 
 
@@ -128,9 +125,9 @@ def check(
         found = api.check(loaded, observer)
     table = Table("site", "devices", "patients", "train", "val", "test", "labels of the training images")
     for name, site in found["sites"].items():
-        labels = ", ".join(f"{label} {n}" for label, n in site["labels"]["train"].items())
+        labels = escape(", ".join(f"{label} {n}" for label, n in site["labels"]["train"].items()))
         images = [str(site["images"][part]) for part in ("train", "val", "test")]
-        table.add_row(name, ", ".join(site["device"]), str(sum(site["patients"].values())), *images, labels)
+        table.add_row(name, escape(", ".join(site["device"])), str(sum(site["patients"].values())), *images, labels)
     out.print(table)
     for site_name, notes in found["notes"].items():
         for note in notes:
@@ -149,7 +146,7 @@ def predict(
 ) -> None:
     """Use a finished run's model on new files: probabilities to CSV, masks as PNG or NIfTI."""
     written = api.predict(run_folder, images, out_, site=site)
-    out.print(f"predictions: {written}", soft_wrap=True)
+    _say(f"predictions: {written}")
 
 
 @app.command()
@@ -157,17 +154,19 @@ def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Results folder of a finished run or comparison.")],
 ) -> None:
     """Write report.html again from the results folder."""
-    out.print(f"report: {api.report(run_folder)}", soft_wrap=True)
+    _say(f"report: {api.report(run_folder)}")
 
 
 @app.command()
 def methods() -> None:
     """List the methods and what can be combined with what."""
-    table = Table("method", "what it is", "model", "runs", "needs", "paper")
+    table = Table("method", "what it is", "model", "paper", box=SIMPLE)
     for row in api.methods():
-        table.add_row(row["name"], row["title"], row["model"], row["where"], row["needs"], row["reference"])
+        limits = [f"needs {row['needs']}"] if row["needs"] else []
+        limits += [row["where"]] if row["where"] != "anywhere" else []
+        table.add_row(row["name"], "; ".join([row["title"], *limits]), row["model"], row["reference"])
     out.print(table)
-    networks = Table("network", "what it is", "dimensions", "tasks")
+    networks = Table("network", "what it is", "images", "tasks", box=SIMPLE)
     for row in api.networks():
         networks.add_row(row["name"], row["title"], row["dimensions"], row["tasks"])
     out.print(networks)
@@ -189,9 +188,13 @@ def data_build(
     folder: Annotated[Path, typer.Argument(help="Folder of DICOM, NIfTI, PNG, JPEG, TIFF or NPZ files.")],
     out_: Annotated[Path, typer.Option("--out", help="The manifest: CSV or Parquet.")],
     labels: Annotated[Path | None, typer.Option(help="Table with an image column and labels, patients, ...")] = None,
+    site: Annotated[str, typer.Option(help="Owner of all images, where the table has no site column.")] = "",
 ) -> None:
     """Make a manifest from a folder of images and a table of labels."""
-    out.print(f"manifest: {api.build(folder, labels, out_)}", soft_wrap=True)
+    built = api.build(folder, labels, out_, site=site)
+    parts = [f"{len(built.cases)} images", f"{built.masks} masks" if built.masks else ""]
+    parts.append(f"{len(built.ignored)} other files ignored (first: {built.ignored[0]})" if built.ignored else "")
+    _say(f"manifest: {out_} ({', '.join(part for part in parts if part)})")
 
 
 @data_app.command("split")
@@ -210,7 +213,7 @@ def data_split(
     if len(shares) != 3:
         raise StudyError(f"--fractions {fractions!r}: give three numbers, as in 0.6,0.15,0.25.")
     written = api.split(manifest, _task(task, classes), out_, fractions=shares, seed=seed)
-    out.print(f"manifest: {written}", soft_wrap=True)
+    _say(f"manifest: {written}")
 
 
 @data_app.command("partition")
@@ -225,10 +228,8 @@ def data_partition(
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
 ) -> None:
     """Divide the patients of a manifest over sites: by device, evenly, by Dirichlet label skew or by quantity."""
-    written = api.partition(
-        manifest, _task(task, classes), out_, kind=kind, sites=sites, alpha=alpha, seed=seed
-    )
-    out.print(f"manifest: {written}", soft_wrap=True)
+    written = api.partition(manifest, _task(task, classes), out_, kind=kind, sites=sites, alpha=alpha, seed=seed)
+    _say(f"manifest: {written}")
 
 
 @data_app.command("phantom")
@@ -245,12 +246,12 @@ def data_phantom(
 
     if list_:
         for row in api.phantom_kinds():
-            out.print(row)
+            _say(row)
         return
     if out_ is None:
         raise StudyError("give --out FOLDER, or --list.")
     loaded = api.demo_study(set_ or []) if study is None else _load(study, set_, None, None, None)
-    out.print(f"manifest: {api.phantom(loaded, out_)}", soft_wrap=True)
+    _say(f"manifest: {api.phantom(loaded, out_)}")
 
 
 @data_app.command("import")
@@ -270,7 +271,7 @@ def data_import(
     if not name or folder is None or out_ is None:
         raise StudyError("give a data set, its folder and --out FOLDER; --list names the data sets.")
     for path in api.import_data(name, folder, out_):
-        out.print(f"manifest: {path}", soft_wrap=True)
+        _say(f"manifest: {path}")
 
 
 def _overrides(set_: list[str] | None, seed: int | None, device: str | None) -> list[str]:
@@ -294,11 +295,23 @@ def _load(
 
 
 def _run(study: Study, folder: Path | None, resume: Path | None) -> None:
+    from polyclinic.errors import SiteError
+    from polyclinic.results import new_folder
+
     seeds = len(study.compare.seeds) or 1
-    with _observer((1 + len(study.compare.methods)) * seeds) as observer:
-        path = api.run(study, out=folder, resume=resume, observer=observer)
+    given = folder if resume else new_folder(study, folder)
+    again = f"Finished rounds are safe: go on with polyclinic run --resume {resume or given}"
+    try:
+        with _observer((1 + len(study.compare.methods)) * seeds) as observer:
+            path = api.run(study, out=given, resume=resume, observer=observer)
+    except KeyboardInterrupt:
+        err.print(f"stopped. {escape(again)}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    except SiteError:
+        err.print(escape(again), soft_wrap=True)
+        raise
     _print_table(path)
-    out.print(f"report: {path / 'report.html'}", soft_wrap=True)
+    _say(f"report: {path / 'report.html'}")
 
 
 @contextmanager
@@ -310,14 +323,16 @@ def _observer(runs: int) -> Iterator[TerminalObserver]:
 
 
 def _print_table(folder: Path) -> None:
-    """The headline metric per site, mean and worst site, a row a method."""
-    rows, metric = api.headline(folder)
-    table = Table(title=f"{metric} on test images [95% interval by patient]" if rows else None)
-    for name in next(iter(rows.values())):
-        table.add_column(name)
-    for row in rows.values():
-        table.add_row(*row.values())
+    rows, title = api.headline(folder)
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*map(escape, row.values()))
     out.print(table)
+
+
+def _say(line: str) -> None:
+    """Print one line as it is: paths are neither wrapped nor read as markup."""
+    out.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _names(text: str) -> list[str]:
@@ -345,13 +360,14 @@ def _task(kind: str, classes: str) -> TaskSettings:
     from pydantic import ValidationError
 
     from polyclinic.errors import StudyError
-    from polyclinic.study import TaskSettings, explain
+    from polyclinic.study import TaskSettings
+    from polyclinic.yaml_settings import explain
 
     settings: dict[str, Any] = {"kind": kind, "classes": _names(classes)}
     try:
         return TaskSettings(**settings)
     except ValidationError as error:
-        raise StudyError(explain(error, TaskSettings, "--classes")) from None
+        raise StudyError(explain(error, TaskSettings, "--classes or --task cannot be so:")) from None
 
 
 if __name__ == "__main__":

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from polyclinic.data.readers import Picture, read_picture
-from polyclinic.data.transforms import to_array
+from polyclinic.data.build import find_images
+from polyclinic.data.readers import Picture, read_picture, write_nifti_like
+from polyclinic.data.tables import load_table
+from polyclinic.data.transforms import restore_mask, to_array
 from polyclinic.errors import DataError, RunError
 from polyclinic.models.normalisation import shared_names
 from polyclinic.models.weights import load_tensors, read_tensors
 from polyclinic.results import RunFolder
 from polyclinic.runner import start_model
-from polyclinic.study import Study, nearest
+from polyclinic.study import Study
 from polyclinic.tasks import Task, make_task
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".nii", ".nii.gz")
+from polyclinic.yaml_settings import nearest
 
 
 def predict_files(run_folder: Path, images: Path, out: Path, *, site: str | None = None) -> Path:
@@ -32,36 +31,37 @@ def predict_files(run_folder: Path, images: Path, out: Path, *, site: str | None
 
     Args:
         run_folder: Of a finished run (one method and seed).
-        images: An image file, a folder, or a CSV with an ``image`` column of paths relative to it.
+        images: An image file, a folder, or a CSV or Parquet table with a column ``image`` of paths relative to it.
         out: A CSV file (classification), or a folder (segmentation) that gets one mask per image, PNG for flat
-            images and NIfTI for volumes, at the image's own size.
+            images and NIfTI for volumes, at the image's own size, its values the indices of the classes.
         site: Whose personal model to use; needed where the method keeps one per site.
 
     Returns:
         ``out``.
 
     Raises:
-        RunError: The run is not finished, is a comparison, or has no such model.
+        RunError: The run is not finished, is a comparison, or has no such model; or ``out`` cannot be written.
         DataError: No images, or one that cannot be read.
     """
     study = RunFolder(run_folder).study()
     model = load_model(run_folder, study, site)
     task = make_task(study.task, study.training)
-    files = list(_references(images))
+    source, references = _references(images)
     if study.task.kind == "segmentation":
-        out.mkdir(parents=True, exist_ok=True)
-        for source, reference in files:
-            _write_mask(_masked(model, task, study, source, reference), out, source, reference)
+        _write_masks(model, task, study, source, _mask_names(references, len(study.data.image.size), out))
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "prediction", *(f"p_{name}" for name in study.task.classes)])
-        for start in range(0, len(files), study.evaluation.batch_size):
-            part = files[start : start + study.evaluation.batch_size]
-            arrays = [_normalised(read_picture(*f), study, f[1]) for f in part]
-            for (_, reference), row in zip(part, _probabilities(model, task, torch.stack(arrays)), strict=True):
-                writer.writerow([reference, _decision(row, study), *map(repr, row)])
+    rows = []
+    for start in range(0, len(references), study.evaluation.batch_size):
+        part = references[start : start + study.evaluation.batch_size]
+        inputs = torch.stack([_normalised(read_picture(source, name), study, name) for name in part])
+        found = _probabilities(model, task, inputs)
+        rows += [[name, _decision(row, study), *map(repr, row)] for name, row in zip(part, found, strict=True)]
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["image", "prediction", *(f"p_{name}" for name in study.task.classes)])
+            writer.writerows(rows)
     return out
 
 
@@ -72,11 +72,13 @@ def load_model(run_folder: Path, study: Study, site: str | None = None) -> nn.Mo
         RunError: There is no such model; names those there are.
     """
     folder = run_folder / "models"
-    names = sorted(path.stem for path in folder.glob("*.safetensors"))
+    names = sorted(path.stem for path in folder.glob("*.safetensors")) if RunFolder(run_folder).finished else []
     if not names:
         hint = " It is a comparison: give one of the folders below runs/." if (run_folder / "runs").is_dir() else ""
         raise RunError(f"{run_folder} has no models: the run is not finished.{hint}")
-    wanted = "global" if names == ["global"] and site is None else site
+    if names == ["global"] and site is not None:
+        raise RunError(f"method {study.method.name} has one model for all sites: leave out --site.")
+    wanted = "global" if names == ["global"] else site
     if wanted is None:
         raise RunError(f"method {study.method.name} keeps a model per site: give --site, one of {', '.join(names)}.")
     if wanted not in names:
@@ -90,24 +92,42 @@ def load_model(run_folder: Path, study: Study, site: str | None = None) -> nn.Mo
     return model.eval()
 
 
-def _references(images: Path) -> Iterator[tuple[str, str]]:
-    """``(source, reference)`` of each image."""
-    if not images.exists():
-        raise DataError(f"{images} does not exist. Give an image, a folder of images, or a CSV with an image column.")
-    if images.is_file() and images.suffix.lower() == ".csv":
-        with images.open(newline="", encoding="utf-8") as file:
-            table = csv.DictReader(file)
-            if "image" not in (table.fieldnames or []):
-                raise DataError(f"{images.name} has no column 'image'. It has: {', '.join(table.fieldnames or [])}.")
-            yield from [(str(images.parent.absolute()), row["image"]) for row in table]
-        return
-    if images.is_file():
-        yield str(images.parent.absolute()), images.name
-        return
-    found = sorted(p for p in images.rglob("*") if p.is_file() and p.name.lower().endswith(SUFFIXES))
-    if not found:
-        raise DataError(f"{images} holds no image ({', '.join(SUFFIXES)}).")
-    yield from [(str(images.absolute()), PurePosixPath(p.relative_to(images)).as_posix()) for p in found]
+def _references(images: Path) -> tuple[str, list[str]]:
+    """The folder of the images, and the images in it."""
+    if images.is_dir():
+        found = find_images(images)
+        if not found:
+            raise DataError(f"{images} holds no images.")
+        return str(images.absolute()), found
+    if not images.is_file():
+        raise DataError(f"{images} does not exist. Give an image, a folder of images, or a table with an image column.")
+    if not images.name.lower().endswith((".csv", ".csv.gz", ".parquet")):
+        return str(images.parent.absolute()), [images.name]
+    table = load_table(images)
+    at = table.column("image", "paths of the images, relative to the table")
+    return str(images.parent.absolute()), [row[at] for _, row in table.rows]
+
+
+def _mask_names(references: Sequence[str], dims: int, out: Path) -> dict[str, Path]:
+    """Where each image's mask goes."""
+    names: dict[str, Path] = {}
+    for reference in references:
+        stem = reference.removesuffix(".gz")
+        stem = stem[: -len(suffix)] if (suffix := PurePosixPath(stem).suffix) else stem
+        path = out / f"{stem}_mask{'.png' if dims == 2 else '.nii.gz'}"
+        if path in names.values():
+            other = next(name for name, taken in names.items() if taken == path)
+            raise DataError(f"{other} and {reference} would both give {path.name}. Predict them one by one.")
+        names[reference] = path
+    return names
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{out} cannot be written: {error.strerror or error}. Give another --out.") from error
 
 
 def _normalised(picture: Picture, study: Study, name: str) -> Tensor:
@@ -128,25 +148,15 @@ def _decision(row: Sequence[float], study: Study) -> str:
     return study.task.classes[int(np.argmax(row))]
 
 
-def _masked(model: nn.Module, task: Task, study: Study, source: str, reference: str) -> NDArray[np.uint8]:
-    """Class index of each pixel, at the size of the file."""
-    from polyclinic.data.transforms import restore_mask
-
-    picture = read_picture(source, reference)
-    with torch.inference_mode():
-        found = task.predict(model, _normalised(picture, study, reference)[None])[0].argmax(0)
-    return restore_mask(found.to(torch.uint8).numpy(), picture.pixels.shape[1:], study.data.image)
-
-
-def _write_mask(mask: NDArray[np.uint8], out: Path, source: str, reference: str) -> None:
-    stem = reference.removesuffix(".gz").rsplit(".", 1)[0]
-    path = out / f"{stem}_mask{'.png' if mask.ndim == 2 else '.nii.gz'}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if mask.ndim == 2:
-        from PIL import Image
-
-        Image.fromarray(mask).save(path)
-        return
-    from polyclinic.data.readers import write_nifti_like
-
-    write_nifti_like(mask, path, Path(source) / reference)
+def _write_masks(model: nn.Module, task: Task, study: Study, source: str, paths: Mapping[str, Path]) -> None:
+    for reference, path in paths.items():
+        picture = read_picture(source, reference)
+        with torch.inference_mode():
+            found = task.predict(model, _normalised(picture, study, reference)[None])[0].argmax(0)
+        mask = restore_mask(found.to(torch.uint8).numpy(), picture.pixels.shape[1:], study.data.image)
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if mask.ndim == 3:
+                write_nifti_like(mask, path, source, reference)
+            else:
+                Image.fromarray(mask).save(path)

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from polyclinic.study import Study
@@ -66,7 +67,7 @@ class TerminalObserver:
             self._console.print(f"{self._label}: going on after round {finished}")
         if self._runs > 1:
             self._show("runs", self._done_runs, self._runs, "")
-        self._show("rounds", finished, self._rounds, self._label)
+        self._show("rounds", finished, self._rounds, f"{self._label}{self._left()}")
         self._show("sites", 0, self._sites, "")
         self._answered: set[str] = set()
 
@@ -83,27 +84,37 @@ class TerminalObserver:
         """A round is finished and safe on disk."""
         self._seconds.append(float(record["seconds"]))
         self._rounds_left -= 1
-        pending = self._rounds_left + (self._runs - self._done_runs - 1) * self._rounds
-        left = pending * sum(self._seconds) / len(self._seconds)
-        note = f"{self._label}: {_losses(record)}"
-        self._show("rounds", int(record["round"]), self._rounds, f"{note}, {_duration(left)} left")
+        self._show("rounds", int(record["round"]), self._rounds, f"{self._label}{self._left()}")
+        self._show("sites", 0, self._sites, _losses(record))
         self._answered.clear()
         if not self._live:
-            self._console.print(f"round {record['round']}/{self._rounds}, {note}, {_duration(left)} left")
+            done = f"{self._label}, round {record['round']}/{self._rounds}"
+            self._console.print(f"{done}: {_losses(record)}{self._left()}", soft_wrap=True, highlight=False)
         for site, reason in record["absent"].items():
-            self._console.print(f"[yellow]round {record['round']}: {site} is absent: {reason}")
+            self._console.print(f"[yellow]round {record['round']}: {site} is absent: {escape(reason)}")
 
     def run_finished(self, folder: Path, metrics: Mapping[str, Any]) -> None:
-        """Results are written."""
+        """Results are written, now or before this run was resumed."""
+        from polyclinic.evaluation.names import metric_label
+        from polyclinic.report.run_page import HEADLINE
+
         self._done_runs += 1
         for name in ("rounds", "sites"):
             self._drop(name)
         if self._runs > 1:
             self._show("runs", self._done_runs, self._runs, "")
-            headline = "dice" if "dice" in metrics["mean"] else "balanced_accuracy"
-            value = metrics["mean"][headline]["value"]
+            metric = HEADLINE[metrics["task"]]
+            value = metrics["mean"][metric]["value"]
             shown = "undefined" if value is None else f"{value:.3f}"
-            self._console.print(f"{self._label}: {headline.replace('_', ' ')} {shown} (test, mean over sites)")
+            who = f"{metrics['method']}, seed {metrics['seed']}"
+            self._console.print(f"{who}: {metric_label(metric)} {shown} (test images, mean of sites)")
+
+    def _left(self) -> str:
+        """The time that the rounds to come need if they take as long as those so far."""
+        if not self._seconds:
+            return ""
+        pending = self._rounds_left + (self._runs - self._done_runs - 1) * self._rounds
+        return f", {_duration(pending * sum(self._seconds) / len(self._seconds))} left"
 
     def _show(self, name: str, done: int, total: int, note: str) -> None:
         if name not in self._tasks:

@@ -36,6 +36,11 @@ class RunFolder:
         return (self.path / "metrics.json").is_file()
 
     @property
+    def started(self) -> bool:
+        """Whether a round was finished, or a run of a comparison begun."""
+        return self.finished or any((self.path / name).exists() for name in ("rounds.jsonl", "runs"))
+
+    @property
     def checkpoint(self) -> Path:
         """The server's state after the last finished round."""
         return self.path / "state" / "server.safetensors"
@@ -43,10 +48,12 @@ class RunFolder:
     def create(self, study: Study) -> None:
         """Make the folder and write the resolved study and the environment.
 
+        A folder whose run ended before its first round (wrong data, say) can be used again.
+
         Raises:
             RunError: It exists and holds another run, or cannot be written.
         """
-        if (self.path / "study.yaml").exists():
+        if self.started:
             raise RunError(
                 f"{self.path} already holds a run. Give another --out, or --resume {self.path} to go on with it."
             )
@@ -84,7 +91,10 @@ class RunFolder:
         if upto is not None and len(lines) > upto:
             lines = lines[:upto]
             self.write("rounds.jsonl", "".join(line + "\n" for line in lines))
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: {error}. Its rounds cannot be continued: start anew.") from None
 
     def add_round(self, record: Json) -> None:
         """Append one finished round."""
@@ -112,12 +122,15 @@ class RunFolder:
         """Call ``write`` and turn a full disk or a read-only folder into an error that says what is safe."""
         try:
             return write()
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
+        except (OSError, RunError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise RunError(
                     f"no space left on the disk of {self.path}. Finished rounds are safe: free some space and go on "
                     f"with --resume {self.path}."
-                ) from error
+                ) from cause
+            if isinstance(error, RunError):
+                raise
             raise RunError(f"{self.path} cannot be written: {error.strerror or error}. Give another --out.") from error
 
 

@@ -87,8 +87,9 @@ def load_sites(study: Study, folder: Path, observer: Observer | None = None) -> 
         observer: Told of progress.
 
     Raises:
-        DataError: Whatever is wrong with the data, found before any training.
+        DataError: Whatever is wrong with the data, found before any training. StudyError: There is no such device.
     """
+    _check_device(study)
     observer = observer or Silent()
     cases = collect(study.data, study.task, Path(study.data.root))
     reserved = sorted(RESERVED_SITES & set(cases))
@@ -109,6 +110,11 @@ def load_sites(study: Study, folder: Path, observer: Observer | None = None) -> 
             phantom=study.data.phantom,
             on_progress=lambda done, total, name=name: observer.loading(name, done, total),  # type: ignore[misc]
         )
+    if study.evaluation.select == "best" and not any(len(data.splits["val"]) for data in sites.values()):
+        raise DataError(
+            "no site has validation images, so evaluation.select: best has nothing to choose by. Give validation a "
+            "share in data.split.fractions, or set evaluation.select: last."
+        )
     return sites
 
 
@@ -126,16 +132,18 @@ def run_one(
     Returns:
         What ``metrics.json`` holds.
     """
-    if folder.finished:
-        found: Json = json.loads((folder.path / "metrics.json").read_text(encoding="utf-8"))
-        return found
     from polyclinic.report import write_report
 
-    run = Run(study, sites, folder, observer or Silent())
-    run.train()
-    metrics = run.test()
-    write_report(folder.path)
-    run.observer.run_finished(folder.path, metrics)
+    observer = observer or Silent()
+    if folder.finished:
+        metrics: Json = json.loads((folder.path / "metrics.json").read_text(encoding="utf-8"))
+    else:
+        run = Run(study, sites, folder, observer)
+        folder.guard(run.train)
+        metrics = folder.guard(run.test)
+    if not (folder.path / "report.html").is_file():
+        write_report(folder.path)
+    observer.run_finished(folder.path, metrics)
     return metrics
 
 
@@ -265,7 +273,7 @@ class Run:
             },
             "mean": table["mean"],
             "worst": table["worst"],
-            "notes": table["notes"],
+            "notes": [*(f"{s} could not be tested: {why}" for s, why in self.channel.absent.items()), *table["notes"]],
             "bytes": ops,
             "seconds": {"rounds": sum(r["seconds"] for r in records)},
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

@@ -392,7 +392,7 @@ def validate_study(raw: Mapping[str, Any], where: str = "study") -> Study:
     try:
         study = Study.model_validate(dict(raw))
     except ValidationError as error:
-        raise StudyError(explain(error, Study, where, raw)) from None
+        raise StudyError(explain(error, Study, f"{where} is not a valid study:", raw)) from None
     _check_metric(study)
     check_combination(study)
     return study
@@ -419,12 +419,14 @@ def with_method(study: Study, method: str | Mapping[str, Any], seed: int) -> Stu
 
     Settings that the two methods share by name (``rounds``, ``participation``) carry over unless ``method`` sets them.
     """
-    from polyclinic.methods import check_combination, parse_params, params_class
+    from polyclinic.methods import check_combination, params_class, parse_params
 
     wanted = {"name": method} if isinstance(method, str) else dict(method)
     name = wanted.get("name")
     if not isinstance(name, str):
-        raise StudyError(f"compare.methods: {wanted} has no name. Write {{name: fedprox, strength: 0.1}}, for instance.")
+        raise StudyError(
+            f"compare.methods: {wanted} has no name. Write {{name: fedprox, strength: 0.1}}, for instance."
+        )
     try:
         fields = params_class(name).model_fields
         kept = study.method.model_dump().items()
@@ -432,7 +434,7 @@ def with_method(study: Study, method: str | Mapping[str, Any], seed: int) -> Stu
         carried = {k: v for k, v in kept if k in fields and (same or k in ("rounds", "participation"))}
         params = parse_params({**carried, **wanted})
     except ValidationError as error:
-        raise StudyError(explain(error, params_class(name), f"compare.methods, {name},")) from None
+        raise StudyError(explain(error, params_class(name), f"compare.methods, {name}:")) from None
     except ValueError as error:
         raise StudyError(f"compare.methods: {error}") from None
     changed = study.model_copy(update={"method": params, "seed": seed, "compare": ComparisonSettings()})

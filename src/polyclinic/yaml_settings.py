@@ -19,18 +19,16 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
 
 
-def explain(
-    error: ValidationError, model: type[BaseModel], where: str, raw: Mapping[str, Any] | None = None
-) -> str:
+def explain(error: ValidationError, model: type[BaseModel], heading: str, raw: Mapping[str, Any] | None = None) -> str:
     """One line per fault: where it is, what was seen, what is wanted.
 
     Args:
         error: What pydantic found.
         model: The settings that were validated.
-        where: Origin of the settings.
+        heading: First line: whose settings they are.
         raw: The settings as given, where ``model`` is a study: its method decides which keys ``method`` has.
     """
-    lines = [f"{where} is not a valid study:"]
+    lines = [heading]
     for fault in error.errors():
         path = [str(part) for part in fault["loc"]]
         place = ".".join(path) or "(top level)"
@@ -79,6 +77,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        StudyError: It is missing, cannot be read, is no YAML, holds something else, or a key stands twice.
+    """
     if not path.is_file():
         raise StudyError(f"there is no study file {path}. Give the path of a YAML file; see examples/.")
     try:
@@ -92,33 +95,43 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def override(raw: dict[str, Any], override: str) -> None:
-    """Apply one ``key.path=value`` to the raw study in place; a list is indexed by number."""
-    key, found, text = override.partition("=")
+def override(raw: dict[str, Any], setting: str) -> None:
+    """Apply one ``key.path=value`` to raw settings in place; a list is indexed by number.
+
+    Raises:
+        StudyError: It has no such form, or leads to a place that cannot be.
+    """
+    key, found, text = setting.partition("=")
     if not found or not key.strip():
-        raise StudyError(f"--set {text!r}: write key.path=value, for instance method.rounds=5.")
+        raise StudyError(f"--set {setting!r}: write key.path=value, for instance method.rounds=5.")
     parts = key.strip().split(".")
-    target: Any = raw
-    for depth, part in enumerate(parts[:-1]):
-        if isinstance(target, dict):
-            if target.get(part) is None:
-                target[part] = {}
-            elif part == "method" and isinstance(target[part], str):
-                target[part] = {"name": target[part]}
-        try:
-            target = target[_index(target, part)]
-        except (KeyError, IndexError, TypeError):
-            raise StudyError(f"--set {text!r}: there is no {'.'.join(parts[: depth + 1])} in the study.") from None
     try:
-        target[_index(target, parts[-1])] = yaml.safe_load(text)
-    except (IndexError, TypeError):
-        raise StudyError(f"--set {text!r}: there is no {key.strip()} in the study.") from None
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise StudyError(f"--set {text!r}: {text!r} is not YAML: {error}") from None
+        raise StudyError(f"--set {setting!r}: {text!r} is not YAML: {error}") from None
+    target: Any = raw
+    for depth, part in enumerate(parts):
+        try:
+            if depth == len(parts) - 1:
+                target[_index(target, part)] = value
+                return
+            if isinstance(target, dict):
+                _prepare(target, part)
+            target = target[_index(target, part)]
+        except (LookupError, TypeError):
+            raise StudyError(f"--set {setting!r}: there is no {'.'.join(parts[: depth + 1])} in the study.") from None
+
+
+def _prepare(target: dict[str, Any], part: str) -> None:
+    """Make room for keys below ``part``: an absent section becomes an empty one, a method's name a mapping."""
+    if target.get(part) is None:
+        target[part] = {}
+    elif part == "method" and isinstance(target[part], str):
+        target[part] = {"name": target[part]}
 
 
 def _index(target: Any, part: str) -> Any:
-    """``part`` as an index where ``target`` is a list; texts are no containers."""
+    """``part``, as a number where ``target`` is a list."""
     if isinstance(target, list) and part.isdecimal():
         return int(part)
     if not isinstance(target, dict):

@@ -85,6 +85,7 @@ def test_rare_class_has_a_value_but_no_interval() -> None:
     result = site_result("north", rare, TaskSettings(classes=["no", "yes"]), SETTINGS)
     assert not math.isnan(result.metrics["auroc"])
     assert any("no interval for" in note and "AUROC" in note for note in result.notes)
+    assert any(note.startswith("few patients have yes (1 test images)") for note in result.notes)
     row = summarise({"north": result})["sites"]["north"]["auroc"]
     assert row["value"] is not None
     assert row["low"] is None
@@ -224,3 +225,10 @@ def test_names() -> None:
     assert not lower_is_better("dice_lesion")
     assert metric_label("hd95_left_lung") == "HD95, left_lung"
     assert metric_label("balanced_accuracy") == "Balanced accuracy"
+
+
+def test_interval_of_the_calibration_error_is_around_its_value() -> None:
+    result = site_result("north", predictions(5, images=40), TaskSettings(classes=["no", "yes"]), SETTINGS)
+    cell = summarise({"north": result})["sites"]["north"]["ece"]
+    assert 0 <= cell["low"] < cell["value"] < cell["high"]
+    assert result.replicates["ece"].mean() == pytest.approx(result.metrics["ece"], abs=1e-3)

@@ -69,6 +69,15 @@ def build_manifest(folder: Path, labels: Path | None, out: Path, *, site: str = 
     return Built(cases, ignored, masks)
 
 
+def find_images(folder: Path) -> list[str]:
+    """References of all images below a folder, a DICOM series of several files counting as one.
+
+    Raises:
+        DataError: A series shares its folder.
+    """
+    return [case.image for case in _found(folder.absolute(), set())[0]]
+
+
 def _found(folder: Path, skip: set[Path]) -> tuple[list[Case], list[str]]:
     """One case an image or series, sorted by path, and the files that are neither."""
     cases: list[Case] = []

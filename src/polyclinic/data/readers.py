@@ -13,6 +13,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -234,6 +235,30 @@ def _from_nifti(place: Place) -> Picture:
         spacing = tuple(s for axis, s in enumerate(spacing) if axis != flat[0])
         volume = volume.squeeze(axis=flat[0])
     return Picture(np.ascontiguousarray(volume)[None], spacing)
+
+
+def write_nifti_like(mask: NDArray[np.uint8], path: Path, source: str, reference: str) -> None:
+    """Write a mask ``[D, H, W]`` as NIfTI in the space of the volume that ``read_picture`` read.
+
+    A NIfTI volume's own affine and order of axes are kept. From a DICOM series or an NPZ come the spacing and the
+    patient's orientation, with the origin at zero.
+    """
+    import nibabel
+    from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+
+    place = locate(source, reference)
+    turned = mask.transpose(2, 1, 0)
+    if not place.name.lower().endswith(NIFTI):
+        z, y, x = read_picture(source, reference).spacing or (1.0, 1.0, 1.0)
+        nibabel.save(nibabel.Nifti1Image(turned, np.diag([-x, -y, z, 1.0])), path)
+        return
+    data = read_bytes(place)
+    plain = _gunzip(place, data) if place.name.lower().endswith(".gz") else data
+    sizes = struct.unpack("<i", plain[:4]) + struct.unpack(">i", plain[:4])
+    original = (nibabel.Nifti2Image if 540 in sizes else nibabel.Nifti1Image).from_bytes(plain)
+    back = ornt_transform(axcodes2ornt("RAS"), io_orientation(original.affine))
+    own = apply_orientation(turned[::-1, ::-1], back)
+    nibabel.save(nibabel.Nifti1Image(np.ascontiguousarray(own).astype(np.uint8), original.affine), path)
 
 
 def image_size(source: str, reference: str) -> tuple[int, ...]:

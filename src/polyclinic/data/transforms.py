@@ -198,3 +198,25 @@ def _classes(mask: NDArray[Any], count: int, name: str) -> NDArray[np.uint8]:
         f"{name} has the values {shown}; with {count} classes they must be 0 to {count - 1}"
         + (" (or 0 and one other value)." if count == 2 else ".")
     )
+
+
+def restore_mask(mask: NDArray[np.uint8], shape: tuple[int, ...], settings: ImageSettings) -> NDArray[np.uint8]:
+    """Bring a predicted mask back to its image's own size; the reverse of what ``to_array`` does to pixels.
+
+    Args:
+        mask: Class indices ``[*settings.size]``.
+        shape: Spatial shape of the image as read.
+        settings: As for ``to_array``.
+
+    Returns:
+        uint8 of ``shape`` (without a depth of one in a 2D study): the nearest class, 0 where the image was cut off.
+    """
+    if len(shape) == mask.ndim + 1 and shape[0] == 1:
+        shape = shape[1:]
+    plane = (shape[-2], shape[-1])
+    scaled, offset = _geometry(plane, (settings.size[-2], settings.size[-1]), settings.fit)
+    whole = _place(mask, scaled, (-offset[0], -offset[1]))
+    stretch = settings.model_copy(update={"size": list(shape), "fit": "stretch"})
+    resize = _resize_plane if mask.ndim == 2 else _resize_volume
+    restored: NDArray[np.uint8] = resize(whole[None], stretch, nearest=True)[0].astype(np.uint8)
+    return restored

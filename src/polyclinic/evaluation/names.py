@@ -18,6 +18,9 @@ CLASSIFICATION_METRICS = (
 SEGMENTATION_METRICS = ("dice", "iou", "hd95")
 """Macro keys of ``segmentation_metrics``, in the order of the report; ``dice_<class>`` and so on follow them."""
 
+AUTO_METRIC = {"multi-class": "balanced_accuracy", "multi-label": "auroc", "segmentation": "dice"}
+"""The validation metric that chooses the round where the study says ``auto``, by kind of task."""
+
 METRIC_LABELS = {
     "auroc": "AUROC",
     "auprc": "AUPRC",

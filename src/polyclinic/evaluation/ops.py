@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from polyclinic.errors import SiteError
 from polyclinic.evaluation.classification import classification_metrics
 from polyclinic.evaluation.inference import example_pictures, predict_cases, probabilities
 from polyclinic.evaluation.names import lower_is_better
@@ -22,6 +23,7 @@ from polyclinic.evaluation.summary import SiteResult, site_result
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Leaf, Op, Site
 from polyclinic.models.weights import save_tensors
+from polyclinic.results import RunFolder
 from polyclinic.seeds import generator
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def evaluation_ops(method: Method) -> dict[str, Op]:
         return Message(scalars={f"val/{name}": value for name, value in _validation_metrics(site).items()})
 
     def keep(site: Site, message: Message) -> Message:
-        if site.state.load("candidate") is None:
+        if not site.state.saved("candidate"):
             method.deploy(site, message)
             site.state.save("candidate", site.tensors)
         site.state.promote("candidate", "chosen")
@@ -85,7 +87,10 @@ def validate(method: Method, channel: Channel, state: ServerState) -> dict[str, 
 
 
 def choose(method: Method, channel: Channel, state: ServerState, found: Mapping[str, Mapping[str, float]]) -> None:
-    """Keep this round's model if it is the best so far, or if the study keeps the last."""
+    """Keep this round's model if it is the best so far, or if the study keeps the last.
+
+    As long as the metric was not defined at any site, the newest model counts as the best.
+    """
     settings = method.study.evaluation
     metric = settings.metric
     if metric == "auto":
@@ -94,7 +99,7 @@ def choose(method: Method, channel: Channel, state: ServerState, found: Mapping[
     score = float(np.mean(values)) * (-1 if lower_is_better(metric) else 1) if values else None
     best = state.scalars.get("best_score")
     number = channel.round
-    better = score is not None and (best is None or score > float(best))
+    better = best is None or (score is not None and score > float(best))
     if settings.select == "best" and not better and "chosen_round" in state.scalars:
         return
     if score is not None:
@@ -107,7 +112,11 @@ def choose(method: Method, channel: Channel, state: ServerState, found: Mapping[
 
 
 def report_test(method: Method, channel: Channel, state: ServerState) -> dict[str, SiteResult]:
-    """Let every site judge the kept model on its test images."""
+    """Let every site judge the kept model on its test images.
+
+    Raises:
+        SiteError: No site answered.
+    """
     message = Message.pack({} if method.personal else {"model": state.groups["chosen"]})
     results = {}
     for site, reply in channel.stream("test", dict.fromkeys(channel.sites, message)):
@@ -119,6 +128,8 @@ def report_test(method: Method, channel: Channel, state: ServerState) -> dict[st
             images=int(reply.scalars["images"]),
             patients=int(reply.scalars["patients"]),
         )
+    if not results:
+        raise SiteError(f"no site could test the model: {dict(channel.absent)}.")
     return results
 
 
@@ -144,11 +155,12 @@ def _test(site: Site) -> Message:
     settings = site.study.evaluation
     predictions = predict_cases(site.model, site.data, site.task, ["val", "test"], settings.batch_size)
     folder = _made(site, "predictions")
-    write_predictions(folder / f"{site.name}.csv", predictions, site.study.task.classes)
+    guard = RunFolder(site.folder).guard
+    guard(lambda: write_predictions(folder / f"{site.name}.csv", predictions, site.study.task.classes))
     if settings.examples:
         rng = generator(0, "examples", site.name)
         pictures = example_pictures(site.model, site.data, site.task, settings.examples, rng)
-        np.savez_compressed(folder / f"{site.name}.examples.npz", **pictures)  # type: ignore[arg-type]
+        guard(lambda: np.savez_compressed(folder / f"{site.name}.examples.npz", **pictures))  # type: ignore[arg-type]
     result = site_result(site.name, predictions, site.study.task, settings)
     replicates = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in result.replicates.items()}
     return Message.pack(

@@ -13,18 +13,16 @@ from typing import Any
 import numpy as np
 
 from polyclinic.evaluation.bootstrap import (
-    UNDEFINED_SHARE,
     classification_replicates,
     interval,
     patient_weights,
 )
 from polyclinic.evaluation.classification import (
-    checked,
     classification_metrics,
-    one_vs_rest,
     specificity_thresholds,
 )
-from polyclinic.evaluation.names import lower_is_better, metric_label
+from polyclinic.evaluation.names import lower_is_better
+from polyclinic.evaluation.notes import classification_notes, interval_notes, left_out_note, lost_class_notes
 from polyclinic.evaluation.predictions import CaseScores, Predictions
 from polyclinic.evaluation.segmentation import segmentation_metrics, segmentation_replicates
 from polyclinic.seeds import generator
@@ -60,6 +58,9 @@ def site_result(
         predictions: Validation and test rows of that site.
         task: Kind and classes.
         settings: Number of replicates.
+
+    The calibration error of a resample is biased upwards, often by more than its spread (gaps of scantily filled bins
+    add up whatever their sign): its replicates are shifted to have the point estimate as their mean.
     """
     test = predictions.of_split("test")
     weights = patient_weights(test.patients, settings.bootstrap, key=site)
@@ -76,8 +77,9 @@ def site_result(
         thresholds = specificity_thresholds(*source, multilabel)
         metrics = classification_metrics(test.targets, test.probabilities, multilabel, source)
         replicates = classification_replicates(test.targets, test.probabilities, multilabel, weights, thresholds)
-        notes = _classification_notes(test, thresholds, task)
-    notes += _interval_notes(metrics, replicates)
+        notes = classification_notes(test, thresholds, task) + lost_class_notes(test, weights, task)
+        replicates["ece"] = _centered(replicates["ece"], metrics["ece"])
+    notes += interval_notes(metrics, replicates)
     return SiteResult(metrics, notes, replicates, len(test.images), len(set(test.patients)))
 
 
@@ -108,7 +110,7 @@ def table(runs: Runs, confidence: float = 0.95) -> dict[str, Any]:
         sites = _defined_sites([runs], metric)
         left_out = [site for site in first if site not in sites]
         if left_out and sites:
-            result["notes"].append(_left_out_note(metric, left_out))
+            result["notes"].append(left_out_note(metric, left_out))
         for site in first:
             cell = _cell(*_over_seeds(runs, metric, _at(site), drawn), confidence)
             result["sites"][site][metric] = cell | {"n": first[site].images}
@@ -167,7 +169,7 @@ def _pair_rows(ours: Runs, theirs: Runs, confidence: float) -> list[dict[str, An
             value, replicates = _over_seeds(ours, metric, pick, drawn)
             other, other_replicates = _over_seeds(theirs, metric, pick, drawn)
             cell = _cell(value - other, replicates - other_replicates, confidence)
-            note = _left_out_note(metric, left_out) if left_out and where in ("mean", "worst") else ""
+            note = left_out_note(metric, left_out) if left_out and where in ("mean", "worst") else ""
             rows.append({"where": where, "metric": metric} | cell | {"seeds": len(ours), "note": note})
     return rows
 
@@ -254,46 +256,7 @@ def _or_none(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _left_out_note(metric: str, sites: Sequence[str]) -> str:
-    return f"{metric_label(metric)} is undefined at {', '.join(sites)}: left out of the mean and the worst site"
-
-
-def _classification_notes(test: Predictions, thresholds: np.ndarray, task: TaskSettings) -> list[str]:
-    if not test.images:
-        return ["no test images: nothing is defined"]
-    broken = int((~np.isfinite(test.probabilities).all(axis=1)).sum())
-    if broken:
-        return [f"{broken} of {len(test.images)} test images have probabilities that are not finite: did it diverge?"]
-    multilabel = task.kind == "multi-label"
-    targets, probabilities = checked(test.targets, test.probabilities, multilabel)
-    truth, _, asked = one_vs_rest(targets, probabilities, multilabel)
-    notes = []
-    absent = [task.classes[k] for q, k in enumerate(asked) if not truth[:, q].any()]
-    only = [task.classes[k] for q, k in enumerate(asked) if truth[:, q].all()]
-    if len(task.classes) == 2 and not multilabel:
-        absent, only = [], [task.classes[int(targets[0])]] if absent or only else []
-    if only:
-        notes.append(f"every test image is {', '.join(only)}: there is nothing to rank it against")
-    if absent:
-        notes.append(f"no test image of {', '.join(absent)}: left out of the means over classes")
-    if bool((truth.all(axis=0) | ~truth.any(axis=0)).all()):
-        notes.append("AUROC, AUPRC and the threshold metrics are undefined")
-    missing = [task.classes[k] for q, k in enumerate(asked) if np.isnan(thresholds[q])]
-    if missing:
-        notes.append(f"no validation image outside {', '.join(missing)} to choose a threshold on")
-    return notes
-
-
-def _interval_notes(metrics: Mapping[str, float], replicates: Mapping[str, np.ndarray]) -> list[str]:
-    shares = {
-        metric_label(name): float(np.isnan(values).mean())
-        for name, values in replicates.items()
-        if len(values) and not np.isnan(metrics[name])
-    }
-    lost = {name: share for name, share in shares.items() if share > UNDEFINED_SHARE}
-    if not lost:
-        return []
-    worst = max(lost.values())
-    return [
-        f"no interval for {', '.join(lost)}: undefined in {worst:.0%} of the resamples (too few patients of a class)"
-    ]
+def _centered(replicates: np.ndarray, value: float) -> np.ndarray:
+    if len(replicates) == 0 or np.isnan(replicates).all():
+        return replicates
+    return np.asarray(np.maximum(replicates - np.nanmean(replicates) + value, 0.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from polyclinic.errors import SiteError, UndeclaredError
+from polyclinic.errors import RunError, SiteError, UndeclaredError
 from polyclinic.federation.channel import Traffic
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
@@ -49,9 +49,11 @@ class LocalChannel:
             started = time.perf_counter()
             try:
                 reply = self._sites[name].handle(op, self.round, messages[name])
-            except UndeclaredError:
+            except (UndeclaredError, RunError):
+                # Neither is the site's absence: a leak that was stopped, and a results folder that takes no more.
                 raise
             except Exception as error:
+                self.traffic.add(name, op, down=messages[name].nbytes, up=0, seconds=time.perf_counter() - started)
                 if not self._tolerant:
                     raise SiteError(f"site {name!r} failed in {op!r}, round {self.round}: {error}") from error
                 self.absent[name] = f"{type(error).__name__}: {error}"

@@ -87,7 +87,7 @@ class Message:
             (length,) = struct.unpack("<Q", data[:8])
             header = json.loads(data[8 : 8 + length])
             scalars = json.loads(header["__metadata__"]["scalars"])
-        except (SafetensorError, KeyError, ValueError, struct.error) as error:
+        except (SafetensorError, KeyError, ValueError, RecursionError, struct.error) as error:
             raise MessageError(f"a message of {len(data)} bytes is damaged or not in our form: {error}") from None
         if not isinstance(scalars, dict) or not all(isinstance(v, Scalar) for v in scalars.values()):
             raise MessageError("a message holds scalars that are not numbers or texts.")
@@ -98,6 +98,8 @@ class Message:
         entries: dict[str, object] = {"__metadata__": {"scalars": json.dumps(dict(self.scalars))}}
         start = 0
         for name, array in self.arrays.items():
+            if name == "__metadata__" or str(array.dtype) not in _DTYPES:
+                raise MessageError(f"array {name!r} of type {array.dtype} has no place in a message.")
             end = start + array.numel() * array.element_size()
             dtype = _DTYPES[str(array.dtype)]
             entries[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}

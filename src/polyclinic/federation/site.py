@@ -17,8 +17,9 @@ from polyclinic.federation.state import SiteState
 from polyclinic.models.normalisation import shared_names
 from polyclinic.models.weights import load_tensors, shared_tensors, snapshot
 from polyclinic.seeds import derive_seed
-from polyclinic.study import Study, nearest
+from polyclinic.study import Study
 from polyclinic.training import AdjustGradients, TrainingResult, learning_rate, train
+from polyclinic.yaml_settings import nearest
 
 if TYPE_CHECKING:
     from polyclinic.data.dataset import SiteData
@@ -92,7 +93,7 @@ class Site:
         folder: Path,
     ) -> None:
         self.name, self.study, self.data, self.task = name, study, data, task
-        self.state = SiteState(folder / "state" / name)
+        self.state = SiteState(folder / "state" / name, workbench.device)
         self.folder = folder
         self.round = 0
         self._bench = workbench
@@ -200,5 +201,3 @@ def _undeclared(site: str, op: str, what: str, declared: list[str]) -> str:
         f"site {site!r}, op {op!r}: the answer holds {what}, which the method does not declare "
         f"(declared: {', '.join(declared) or 'nothing'}). It was not sent. Declare it in the method's leaves."
     )
-
-

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+_KEY = re.compile(r"[a-z_]+")
 _VERSION = re.compile(r"^(?P<key>[a-z_]+)\.(?P<round>\d{6})\.safetensors$")
 
 
@@ -25,8 +26,9 @@ class SiteState:
     killed one saw. What a set was before the last finished round is deleted.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         self.folder = folder
+        self.device = device
         self.round = 0
 
     def begin_round(self, number: int) -> None:
@@ -45,7 +47,13 @@ class SiteState:
                 path.unlink()
 
     def save(self, key: str, tensors: Mapping[str, Tensor], **scalars: Scalar) -> None:
-        """Keep a set of tensors and scalars under ``key`` (lower-case letters and underscores)."""
+        """Keep a set of tensors and scalars under ``key``, in lower-case letters and underscores.
+
+        Raises:
+            ValueError: Another key. RunError: The file cannot be written.
+        """
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"{key!r} is no key of a site's state: use lower-case letters and underscores.")
         self.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self._path(key, self.round), tensors, {"scalars": json.dumps(scalars)})
 
@@ -55,7 +63,12 @@ class SiteState:
         if not versions:
             return None
         tensors, metadata = read_tensors(self._path(key, max(versions)))
-        return tensors, json.loads(metadata["scalars"])
+        placed = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        return placed, json.loads(metadata["scalars"])
+
+    def saved(self, key: str) -> bool:
+        """Whether a set was kept under ``key`` in this round."""
+        return self._path(key, self.round).is_file()
 
     def promote(self, key: str, to: str) -> None:
         """Rename the set kept under ``key`` in this round."""
@@ -102,18 +115,19 @@ class ServerState:
                     tensors[key] = tensor
                 else:
                     same[key] = other
-        metadata = {"scalars": self.scalars, "finished": self.finished, "same": same}
+        groups = list(self.groups)
+        metadata = {"scalars": self.scalars, "finished": self.finished, "groups": groups, "same": same}
         save_tensors(path, tensors, {name: json.dumps(value) for name, value in metadata.items()})
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> ServerState:
         """Read what ``save`` wrote."""
         tensors, metadata = read_tensors(path)
-        state = cls({})
+        state = cls({group: {} for group in json.loads(metadata["groups"])})
         placed = {key: tensor.to(device) for key, tensor in tensors.items()}
         for key in [*placed, *(same := json.loads(metadata["same"]))]:
             group, _, name = key.partition("/")
-            state.groups.setdefault(group, {})[name] = placed[same.get(key, key)]
+            state.groups[group][name] = placed[same.get(key, key)]
         state.scalars = json.loads(metadata["scalars"])
         state.finished = int(metadata["finished"])
         return state

@@ -30,7 +30,7 @@ def method_class(name: str) -> type[Method]:
     Raises:
         ValueError: There is no such method; names the nearest.
     """
-    from polyclinic.study import nearest
+    from polyclinic.yaml_settings import nearest
 
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}.{nearest(name, list(METHODS))}")

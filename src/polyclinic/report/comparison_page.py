@@ -7,7 +7,7 @@ from typing import Any
 
 from polyclinic.evaluation.names import lower_is_better, metric_label
 from polyclinic.report.curves import method_curves, selection_metric
-from polyclinic.report.figures import ACCENT, GRID, INK, MUTED, Key, Panel, panel
+from polyclinic.report.figures import ACCENT, GRID, INK, MUTED, PAPER, Key, Panel, panel
 from polyclinic.report.folder import Comparison, Json
 from polyclinic.report.run_page import HEADLINE, facts, headline_rows
 
@@ -44,7 +44,7 @@ def comparison_context(comparison: Comparison) -> dict[str, Any]:
 
 def dot_panel(table: Mapping[str, Json], metric: str) -> Panel:
     """Mean over sites and worst site of each method, with intervals."""
-    with panel(f"values-{metric}", f"{metric_label(metric)} by method", height=_height(len(table))) as (made, axes):
+    with panel(f"values-{metric}", f"{metric_label(metric)} by method", shape=_shape(len(table))) as (made, axes):
         for row, entry in enumerate(table.values()):
             _dot(axes, row - 0.13, entry["mean"][metric], filled=True, color=ACCENT)
             _dot(axes, row + 0.13, entry["worst"][metric], filled=False, color=MUTED)
@@ -57,7 +57,7 @@ def forest_panel(differences: list[Json], metric: str) -> Panel:
     rows = [r for r in differences if r["metric"] == metric]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     baseline = rows[0]["baseline"]
-    with panel(f"forest-{metric}", f"Difference to {baseline}", height=_height(len(methods))) as (made, axes):
+    with panel(f"forest-{metric}", f"Difference to {baseline}", shape=_shape(len(methods))) as (made, axes):
         axes.axvline(0, color=INK, linewidth=0.9)
         for row in rows:
             place = methods.index(row["method"])
@@ -103,7 +103,7 @@ def _dot(axes: Any, row: float, cell: Json, filled: bool, color: str) -> None:
         return
     if cell["low"] is not None:
         axes.plot([cell["low"], cell["high"]], [row, row], color=color, linewidth=1.6)
-    face = color if filled else "#050505"
+    face = color if filled else PAPER
     axes.plot([cell["value"]], [row], "o" if filled else "D", markersize=6 if filled else 5, color=color, mfc=face)
 
 
@@ -117,8 +117,8 @@ def _method_rows(axes: Any, methods: list[str]) -> None:
     axes.locator_params(axis="x", nbins=5)
 
 
-def _height(rows: int) -> float:
-    return 1.1 + 0.42 * max(rows, 2)
+def _shape(rows: int) -> tuple[float, float]:
+    return 5, 1.1 + 0.42 * max(rows, 2)
 
 
 def _settings(method: Json) -> str:
@@ -128,7 +128,7 @@ def _settings(method: Json) -> str:
 def _curve_metrics(comparison: Comparison, kind: str) -> list[str]:
     wanted = [
         selection_metric(comparison.study),
-        *(["dice"] if kind == "segmentation" else ["balanced_accuracy", "auroc"]),
+        *(["dice"] if kind == "segmentation" else ["loss", "auroc"]),
     ]
     known = {
         name

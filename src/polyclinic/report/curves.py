@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polyclinic.evaluation.names import metric_label
+from polyclinic.evaluation.names import AUTO_METRIC, metric_label
 from polyclinic.report.figures import INK, MUTED, Panel, panel, series_style
 from polyclinic.report.folder import Json, Run
 
@@ -13,9 +13,7 @@ from polyclinic.report.folder import Json, Run
 def selection_metric(study: Json) -> str:
     """The validation metric that chose the round."""
     metric = str(study["evaluation"]["metric"])
-    if metric != "auto":
-        return metric
-    return "dice" if study["task"]["kind"] == "segmentation" else "loss"
+    return AUTO_METRIC[study["task"]["kind"]] if metric == "auto" else metric
 
 
 def recorded_sites(rounds: Sequence[Json]) -> list[str]:

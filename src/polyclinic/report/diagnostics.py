@@ -19,6 +19,8 @@ from polyclinic.evaluation.predictions import CaseScores, Predictions
 from polyclinic.report.figures import ACCENT, GRID, INK, MUTED, Panel, panel, series_style, slug
 from polyclinic.report.folder import Json
 
+SQUARE = (3.7, 3.85)
+
 
 def roc_panel(site: str, test: Predictions, classes: Sequence[str], multilabel: bool) -> Panel:
     """One curve per class that has test images on both sides; a note where there is none."""
@@ -35,7 +37,7 @@ def roc_panel(site: str, test: Predictions, classes: Sequence[str], multilabel: 
     area = float(np.mean([roc_auc_score(truth[:, q], scores[:, q]) for q in known]))
     left_out = [classes[k] for q, k in enumerate(asked) if q not in known]
     note = f"No curve for {', '.join(left_out)}: no test images on both sides." if left_out else ""
-    with panel(id, f"{site}: {'' if alone else 'mean '}AUROC {area:.3f}", note) as (made, axes):
+    with panel(id, f"{site}: {'' if alone else 'mean '}AUROC {area:.3f}", note, SQUARE) as (made, axes):
         axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
         for q in known:
             false_positive, true_positive, _ = roc_curve(truth[:, q], scores[:, q])
@@ -57,7 +59,10 @@ def reliability_panel(site: str, test: Predictions, multilabel: bool) -> Panel:
     held = counts > 0
     stated = np.bincount(bins, confidence, ECE_BINS)[held] / counts[held]
     actual = np.bincount(bins, right, ECE_BINS)[held] / counts[held]
-    with panel(id, f"{site}: {len(confidence)} {'image × label pairs' if multilabel else 'images'}") as (made, axes):
+    with panel(id, f"{site}: {len(confidence)} {'image × label pairs' if multilabel else 'images'}", shape=SQUARE) as (
+        made,
+        axes,
+    ):
         axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
         edges = (np.arange(ECE_BINS) + 0.5) / ECE_BINS
         axes.bar(edges, 0.25 * counts / counts.max(), width=0.9 / ECE_BINS, color=MUTED, alpha=0.25, linewidth=0)
@@ -107,8 +112,8 @@ def score_panels(tests: dict[str, CaseScores], classes: Sequence[str]) -> list[P
     panels = []
     rng = np.random.default_rng(0)
     for column in [f"{score}_{name}" for name in classes[1:] for score in ("dice", "iou", "hd95")]:
-        height = max(2.2, 0.9 + 0.42 * len(tests))
-        with panel(f"scores-{column}", metric_label(column), height=height) as (made, axes):
+        shape = (5, max(2.2, 0.9 + 0.42 * len(tests)))
+        with panel(f"scores-{column}", metric_label(column), shape=shape) as (made, axes):
             for row, cases in enumerate(tests.values()):
                 values = cases.scores[column]
                 heights = row + rng.uniform(-0.22, 0.22, len(values))
@@ -126,6 +131,7 @@ def score_panels(tests: dict[str, CaseScores], classes: Sequence[str]) -> list[P
 
 
 def _square(axes: Any, horizontal: str, vertical: str) -> None:
+    axes.set_box_aspect(1)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xticks([0, 0.5, 1])

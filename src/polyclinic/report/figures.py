@@ -1,7 +1,7 @@
 """Plots as inline SVG whose colors follow the page.
 
-matplotlib draws with placeholder colors, which become CSS variables: the same plot reads in light and dark. All panels share one
-size, that of a phone's width, and the page lays them out in a grid.
+matplotlib draws with placeholder colors, which become CSS variables: the same plot reads in light and dark. Panels are
+as wide as a phone, and the page lays them out in a grid.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ class Key:
 
 
 @contextmanager
-def panel(id: str, title: str, note: str = "", height: float = 3.3) -> Iterator[tuple[Panel, Any]]:
+def panel(id: str, title: str, note: str = "", shape: tuple[float, float] = (5, 3.3)) -> Iterator[tuple[Panel, Any]]:
     """Give axes to draw on; when the block ends the panel has its SVG.
 
     Args:
         id: Distinct on the page; letters, digits and hyphens.
         title: Heading, also what a screen reader says.
         note: Shown below.
-        height: In units of 72 pixels; the width is always 5.
+        shape: Width and height in units of 72 pixels of the page.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -102,7 +102,7 @@ def panel(id: str, title: str, note: str = "", height: float = 3.3) -> Iterator[
 
     made = Panel(slug(id), title, note=note)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5, height), layout="constrained")
+        figure = Figure(figsize=shape, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         axes.set_title(title)

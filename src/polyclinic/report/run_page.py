@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyclinic.evaluation.names import metric_label
 from polyclinic.evaluation.predictions import CaseScores, Predictions
 from polyclinic.report.curves import curve_keys, learning_panels, site_effort, traffic_panels, traffic_table
 from polyclinic.report.diagnostics import (
@@ -61,7 +60,11 @@ def facts(study: Json) -> dict[str, str]:
     source = "real images, " + ", ".join(table["path"] for table in data["tables"]) if data["tables"] else ""
     if data.get("phantom"):
         source = f"made-up images (phantom {data['phantom']['kind']}, seed {data['phantom']['seed']})"
-    length = f"{training['steps']} steps" if training.get("steps") else f"{training['epochs']} epochs"
+    length = (
+        f"{training['steps']} steps"
+        if training.get("steps")
+        else f"{training['epochs']} epoch{'s' * (training['epochs'] > 1)}"
+    )
     return {
         "Task": f"{task['kind']}: {', '.join(task['classes'])}",
         "Images": f"{source}; {' × '.join(map(str, data['image']['size']))} pixels",

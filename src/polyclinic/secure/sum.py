@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,7 +30,15 @@ class Total:
     scalars: dict[str, Mapping[str, Scalar]]
 
     def mean(self, group: str) -> dict[str, Tensor]:
-        """``sum_k w_k x_k / sum_k w_k`` of a group, float64."""
+        """``sum_k w_k x_k / sum_k w_k`` of a group, float64.
+
+        Raises:
+            SiteError: The weights add up to zero.
+        """
+        if self.weights[group] == 0:
+            raise SiteError(
+                f"the sites' weights of {group!r} add up to zero: there is no mean. Check aggregation.weight."
+            )
         tensors = list(self.sums[group].values())
         means = torch._foreach_div(tensors, self.weights[group])
         return dict(zip(self.sums[group], means, strict=True))
@@ -45,7 +54,7 @@ class SecureSum(Protocol):
         """Call ``op`` with these messages and sum each group of the replies.
 
         Raises:
-            SiteError: No site answered.
+            SiteError: No site answered, or one with a weight below zero or with other arrays than the rest.
         """
 
 
@@ -64,14 +73,32 @@ class PlainSum:
         for site, reply in channel.stream(op, messages):
             scalars[site] = reply.scalars
             for group in reply.groups():
-                weight = float(reply.scalars[f"weight/{group}"])
+                weight = _weight(site, group, reply)
                 weights[group] = weights.get(group, 0.0) + weight
                 arrays = reply.group(group)
                 if group not in sums:
                     sums[group] = {name: torch.zeros_like(a, dtype=torch.float64) for name, a in arrays.items()}
                 into = sums[group]
+                _check_alike(site, group, into, arrays)
                 torch._foreach_add_([into[n] for n in arrays], [a.double() for a in arrays.values()], alpha=weight)
         if not scalars:
             reasons = "; ".join(f"{site}: {reason}" for site, reason in channel.absent.items())
             raise SiteError(f"no site answered {op!r} in round {channel.round} ({reasons or 'none was asked'}).")
         return Total(sums, weights, scalars)
+
+
+def _weight(site: str, group: str, reply: Message) -> float:
+    weight = float(reply.scalars.get(f"weight/{group}", math.nan))
+    if not (math.isfinite(weight) and weight >= 0):
+        raise SiteError(f"site {site!r} gave {group!r} the weight {weight}; it must be a number of at least zero.")
+    return weight
+
+
+def _check_alike(site: str, group: str, wanted: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> None:
+    shapes, own = ({n: tuple(a.shape) for n, a in part.items()} for part in (wanted, arrays))
+    if shapes != own:
+        name = next(n for n in {**shapes, **own} if shapes.get(n) != own.get(n))
+        raise SiteError(
+            f"site {site!r} answered {group}/{name} with shape {own.get(name)}, sites before it with "
+            f"{shapes.get(name)}. Networks must be alike to be averaged."
+        )

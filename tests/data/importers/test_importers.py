@@ -312,7 +312,7 @@ def test_medmnist_volumes_and_findings(tmp_path: Path) -> None:
     (case, *_) = read(path, ["benign", "malignant"])
     assert case.label == "malignant"
     assert decoded(case).shape == (1, 5, 6, 7)
-    (path,) = run_importer("medmnist", tmp_path, tmp_path, name="chestmnist")
+    (path,) = run_importer("medmnist", tmp_path, tmp_path, which="chestmnist")
     cases = read(path, ["atelectasis", "effusion"], "multi-label")
     assert [c.label for c in cases[:2]] == ["atelectasis|effusion", ""]
 
@@ -321,12 +321,12 @@ def test_medmnist_errors_name_the_remedy(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(DataError, match="it has none"):
         run_importer("medmnist", tmp_path, tmp_path)
     with pytest.raises(DataError, match=r"no set 'pneumoniamnst'; did you mean 'pneumoniamnist'"):
-        run_importer("medmnist", tmp_path, tmp_path, name="pneumoniamnst")
+        run_importer("medmnist", tmp_path, tmp_path, which="pneumoniamnst")
     with pytest.raises(DataError, match="has no pneumoniamnist"):
-        run_importer("medmnist", tmp_path, tmp_path, name="pneumoniamnist")
+        run_importer("medmnist", tmp_path, tmp_path, which="pneumoniamnist")
     monkeypatch.setitem(sys.modules, "medmnist", None)
     with pytest.raises(DataError, match=r"could not fetch.*pip install polyclinic\[medmnist\]"):
-        run_importer("medmnist", tmp_path, tmp_path, name="pneumoniamnist", download=True)
+        run_importer("medmnist", tmp_path, tmp_path, which="pneumoniamnist", download=True)
     medmnist(tmp_path / "pneumoniamnist.npz", [[2]])
     with pytest.raises(DataError, match="train_labels row 0 is \\[2\\]; wanted one number from 0 to 1"):
         run_importer("medmnist", tmp_path, tmp_path)

@@ -60,19 +60,19 @@ CLASSES: dict[str, tuple[str, ...]] = {
 _SIZES = ("", "_64", "_128", "_224")
 
 
-def import_medmnist(folder: Path, out: Path, *, name: str = "", download: bool = False) -> list[Path]:
+def import_medmnist(folder: Path, out: Path, *, which: str = "", download: bool = False) -> list[Path]:
     """Write ``<set>.csv``.
 
     Args:
         folder: One NPZ, or a folder with it.
         out: Folder for the manifest, at or above the NPZ.
-        name: Which set, where ``folder`` has several: ``pneumoniamnist``, ``pneumoniamnist_64``.
+        which: Which set, where ``folder`` has several: ``pneumoniamnist``, ``pneumoniamnist_64``.
         download: Fetch the set with the package medmnist if ``folder`` does not have it.
 
     Raises:
         DataError: The file is missing, cannot be fetched, or is not of the layout above.
     """
-    path = folder if folder.suffix == ".npz" else _chosen(folder, name, download)
+    path = folder if folder.suffix == ".npz" else _chosen(folder, which, download)
     flag = path.stem.partition("_")[0]
     if flag not in CLASSES:
         raise DataError(f"{path} is no set of MedMNIST{nearest(flag, CLASSES)} Known: {', '.join(CLASSES)}.")
@@ -96,7 +96,7 @@ def _chosen(folder: Path, name: str, download: bool) -> Path:
     found = sorted(p for p in folder.glob("*.npz") if p.stem.partition("_")[0] in CLASSES)
     if len(found) != 1:
         seen = ", ".join(p.name for p in found) or "none"
-        raise DataError(f"{folder} should have one NPZ of MedMNIST; it has {seen}. Give its name, e.g. pneumoniamnist.")
+        raise DataError(f"{folder} should have one NPZ of MedMNIST; it has {seen}. Say which, e.g. pneumoniamnist.")
     return found[0]
 
 

@@ -34,11 +34,11 @@ DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
         Device("reference"),
-        Device("bright", gain=0.9, gamma=0.7, noise=0.02, thickness=2.0, cast=(1.0, 0.93, 0.80)),
-        Device("soft", gain=0.85, gamma=1.1, blur=0.014, noise=0.012, thickness=5.0, cast=(0.96, 0.96, 1.0)),
+        Device("bright", gain=0.92, gamma=0.8, noise=0.02, thickness=2.0, cast=(1.0, 0.93, 0.80)),
+        Device("soft", gain=0.9, gamma=1.05, blur=0.012, noise=0.012, thickness=5.0, cast=(0.96, 0.96, 1.0)),
         Device("grainy", gain=1.1, gamma=1.2, noise=0.055, thickness=1.0, cast=(0.80, 0.90, 1.0)),
-        Device("dark", gain=0.95, gamma=1.5, blur=0.006, noise=0.025, thickness=3.0, cast=(0.92, 0.78, 0.80)),
-        Device("hard", gain=1.35, gamma=0.95, noise=0.03, thickness=1.5, cast=(1.0, 1.0, 0.92)),
+        Device("dark", gain=0.95, gamma=1.3, blur=0.006, noise=0.025, thickness=3.0, cast=(0.92, 0.78, 0.80)),
+        Device("hard", gain=1.25, gamma=0.95, noise=0.03, thickness=1.5, cast=(1.0, 1.0, 0.92)),
     )
 }
 

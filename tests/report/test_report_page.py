@@ -1,0 +1,183 @@
+"""The report of every kind of folder: what it shows, and that it needs nothing from outside."""
+
+import json
+import re
+import shutil
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up_folders import CLASSES, SITES, make_comparison, make_run
+
+from polyclinic.errors import RunError
+from polyclinic.report import write_report
+from polyclinic.report.pictures import outline
+
+VOID = {"meta", "link", "br", "image", "path", "line", "circle", "use", "rect", "img", "input"}
+
+
+class Page(HTMLParser):
+    """Ids, figures and references of a page; fails on a tag that is closed out of order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.figures: dict[str, set[str]] = {}
+        self.open: list[tuple[str, str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids += [found["id"]] if found.get("id") else []
+        self.references += [v for k, v in attrs if v and k in ("href", "src", "xlink:href", "action", "srcset")]
+        for name, id_ in self.open:
+            if name == "figure" and id_:
+                self.figures[id_].add(tag)
+        if tag == "figure" and found.get("id"):
+            self.figures[str(found["id"])] = set()
+        if tag not in VOID:
+            self.open.append((tag, found.get("id") or ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop()[0] == tag
+
+
+@pytest.fixture(scope="module")
+def pages(run_folders: dict[str, Path], comparison_folder: Path) -> dict[str, str]:
+    folders = {**run_folders, "comparison": comparison_folder}
+    return {kind: write_report(folder).read_text() for kind, folder in folders.items()}
+
+
+@pytest.mark.parametrize("kind", [*CLASSES, "comparison"])
+def test_nothing_is_fetched_and_ids_are_distinct(pages: dict[str, str], kind: str) -> None:
+    page = Page(pages[kind])
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", re.sub(r'"data:[^"]*"', "", pages[kind]))
+    for reference in page.references:
+        assert reference.startswith(("#", "data:", "runs/")), reference[:80]
+    assert [i for i in page.ids if page.ids.count(i) > 1] == []
+    anchors = {reference[1:] for reference in page.references if reference.startswith("#") and len(reference) > 1}
+    assert anchors <= set(page.ids)
+    assert page.open == []
+
+
+def test_plots_of_a_multi_class_run(pages: dict[str, str]) -> None:
+    figures = Page(pages["multi-class"]).figures
+    drawn = {"curve-train-loss", "curve-val-loss", "curve-val-balanced-accuracy", "curve-val-auroc"}
+    drawn |= {"traffic-bytes", "traffic-seconds"} | {f"reliability-{site}" for site in SITES}
+    drawn |= {f"roc-{site}" for site in SITES if site != "harbor"}
+    assert all("svg" in figures[name] for name in drawn)
+    assert "svg" not in figures["roc-harbor"]
+    assert all("table" in figures[f"confusion-{site}"] for site in SITES)
+
+
+def test_plots_of_the_other_kinds(pages: dict[str, str]) -> None:
+    assert all("svg" in Page(pages["binary"]).figures[f"roc-{site}"] for site in SITES if site != "harbor")
+    labels = Page(pages["multi-label"]).figures
+    assert all("svg" in labels[f"roc-{s}"] and "table" in labels[f"confusion-{s}"] for s in SITES)
+    masks = Page(pages["segmentation"])
+    assert all("svg" in masks.figures[f"scores-{score}-lesion"] for score in ("dice", "iou", "hd95"))
+    assert pages["segmentation"].count('class="outline target"') == 16
+    compared = Page(pages["comparison"]).figures
+    assert all(
+        "svg" in compared[f"{part}-{name}"] for part in ("values", "forest") for name in ("auroc", "loss", "ece")
+    )
+    assert "svg" in compared["curve-methods-balanced-accuracy"]
+
+
+def test_text_is_escaped_and_undefined_is_a_dash(pages: dict[str, str]) -> None:
+    page = pages["multi-class"]
+    assert "&lt;different&gt; scanners &amp; one class" in page
+    assert "<different>" not in page
+    assert "every test image is normal" in page
+    assert "AUROC is undefined at harbor: left out of the mean and the worst site" in page
+    assert "absent in round 2: no answer within 30 s" in page
+    assert re.search(r"<td>\s*–\s*</td>", page)
+    assert "nan" not in re.sub(r"data:[^\"]*", "", page).lower().replace("st-anne", "").split()
+
+
+def test_numbers_are_those_of_the_folder(run_folders: dict[str, Path], pages: dict[str, str]) -> None:
+    metrics = json.loads((run_folders["binary"] / "metrics.json").read_text())
+    cell = metrics["mean"]["auroc"]
+    text = re.sub(r"\s+", " ", pages["binary"])
+    assert f"<dd>{cell['value']:.3f}<small>[{cell['low']:.3f}, {cell['high']:.3f}]" in text
+    assert metrics["worst"]["auroc"]["site"] in text
+    predictions = (run_folders["binary"] / "predictions" / "north.csv").read_text().splitlines()
+    test = [line.split(",") for line in predictions if ",test," in line]
+    hits = sum(row[4] == "normal" and float(row[5]) >= 0.5 for row in test)
+    total = sum(row[4] == "normal" for row in test)
+    assert f">{hits / total:.2f}<small>{hits}</small>" in pages["binary"]
+
+
+def test_losses_are_printed_like_wins(comparison_folder: Path, pages: dict[str, str]) -> None:
+    rows = json.loads((comparison_folder / "metrics.json").read_text())["differences"]
+    readings = {"auroc": 1, "loss": -1}
+    for row in rows:
+        if row["metric"] not in readings or row["low"] is None or row["low"] <= 0 <= row["high"]:
+            continue
+        gain = (row["low"] > 0) == (readings[row["metric"]] > 0)
+        value = f"{row['value']:+.3f}".replace("-", "−")
+        pattern = rf"{re.escape(value)}<small>[^<]*</small><small>{'better' if gain else 'worse'}</small>"
+        assert re.search(pattern, pages["comparison"]), (row, pattern)
+
+
+def test_the_metric_that_chose_the_round_is_marked(pages: dict[str, str]) -> None:
+    from polyclinic.evaluation import names, ops
+
+    assert ops.AUTO_METRIC == names.AUTO_METRIC
+    marked = re.findall(r'<figure id="([^"]*)">(?:(?!</figure>).)*Chose the round', pages["binary"], re.DOTALL)
+    assert marked == ["curve-val-balanced-accuracy"]
+
+
+def test_same_folder_same_report(run_folders: dict[str, Path], pages: dict[str, str]) -> None:
+    assert write_report(run_folders["binary"]).read_text() == pages["binary"]
+
+
+def test_a_comparison_takes_seconds(comparison_folder: Path) -> None:
+    start = time.process_time()
+    write_report(comparison_folder)
+    assert time.process_time() - start < 10
+
+
+def test_lean_folders(tmp_path: Path) -> None:
+    """One site, one round, no examples, no privacy record, no bootstrap; and a comparison of one method."""
+    folder = make_run(tmp_path / "lean", sites=["alone"], rounds=1)
+    (folder / "privacy.json").unlink()
+    (folder / "predictions" / "alone.examples.npz").unlink()
+    page = write_report(folder).read_text()
+    assert 'id="examples"' not in page
+    assert "curve-train-loss" in page
+    one = write_report(make_comparison(tmp_path / "one", methods=("local",), seeds=1)).read_text()
+    assert "nothing to compare" in one
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics.json", "{", r"metrics\.json: cannot be read"),
+        ("metrics.json", "[]", "wanted a JSON object"),
+        ("rounds.jsonl", "{}\n{", r"rounds\.jsonl line 2"),
+        ("study.yaml", "a: [", r"study\.yaml: cannot be read"),
+        ("study.yaml", "text", "wanted a mapping"),
+        ("predictions/north.csv", "image\n", r"north\.csv: columns are"),
+        ("predictions/north.examples.npz", "no", r"north\.examples\.npz: cannot be read"),
+    ],
+)
+def test_damaged_files_are_named(
+    tmp_path: Path, run_folders: dict[str, Path], name: str, text: str, message: str
+) -> None:
+    folder = shutil.copytree(run_folders["binary"], tmp_path / "run")
+    (folder / name).write_text(text)
+    with pytest.raises(RunError, match=message):
+        write_report(folder)
+
+
+def test_outline_follows_pixel_edges() -> None:
+    mask = np.zeros((4, 5), dtype=bool)
+    mask[1:3, 2:4] = True
+    assert outline(mask) == "M2 1H4M2 3H4M2 1V3M4 1V3"
+    assert outline(np.zeros((3, 3))) == ""
+    assert outline(np.ones((2, 2))) == "M0 0H2M0 2H2M0 0V2M2 0V2"
