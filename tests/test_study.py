@@ -39,9 +39,18 @@ def refusal(path: Path, *overrides: str) -> str:
     [
         ({"trainin": {"lr": 1}}, "trainin: there is no such key. Did you mean 'training'?"),
         ({"training": {"batchsize": 3}}, "training.batchsize: there is no such key. Did you mean 'batch_size'?"),
-        ({"training": {"augment": {"flipp": True}}}, "training.augment.flipp: there is no such key. Did you mean 'flip'?"),
-        ({"method": {"name": "ditto", "strenght": 1}}, "method.strenght: there is no such key. Did you mean 'strength'?"),
-        ({"method": {"name": "fedavg", "zzz": 1}}, "method.zzz: there is no such key. Known: name, participation, rounds"),
+        (
+            {"training": {"augment": {"flipp": True}}},
+            "training.augment.flipp: there is no such key. Did you mean 'flip'?",
+        ),
+        (
+            {"method": {"name": "ditto", "strenght": 1}},
+            "method.strenght: there is no such key. Did you mean 'strength'?",
+        ),
+        (
+            {"method": {"name": "fedavg", "zzz": 1}},
+            "method.zzz: there is no such key. Known: name, rounds, participation",
+        ),
         ({"method": "fedprx"}, "method: there is no method 'fedprx'. Did you mean 'fedprox'?"),
         ({"method": 3}, "method: give a method's name"),
         ({"training": {"lr": "fast"}}, "training.lr: Input should be a valid number, unable to parse string"),
@@ -52,8 +61,14 @@ def refusal(path: Path, *overrides: str) -> str:
         ({"task": {"kind": "multi-class", "classes": ["a", "a"]}}, "task.classes: classes are listed twice: a."),
         ({"task": {"classes": [False, "a"]}}, "task.classes.0: Input should be a valid string. Seen: False."),
         ({"name": "a b"}, "name: String should match pattern"),
-        ({"data": {"split": {"fractions": [0.5, 0.2, 0.2]}}}, "data.split.fractions: fractions must be train, val, test"),
-        ({"data": {"tables": [{"path": "x.csv"}]}}, "data: give either tables (real images) or phantom (made-up images)."),
+        (
+            {"data": {"split": {"fractions": [0.5, 0.2, 0.2]}}},
+            "data.split.fractions: fractions must be train, val, test",
+        ),
+        (
+            {"data": {"tables": [{"path": "x.csv"}]}},
+            "data: give either tables (real images) or phantom (made-up images).",
+        ),
         ({"evaluation": {"metric": "aurok"}}, "evaluation.metric: 'aurok' is not measured on validation images of a"),
     ],
 )
@@ -169,10 +184,14 @@ def test_bad_overrides(tiny_file: File, override: str, expected: str) -> None:
         ({"method": "scaffold", "training": {"momentum": 0.9}}, "method scaffold", "use method fedprox"),
         ({"method": "pooled", "model": {"norm": "batch-local"}}, "method pooled", "norm: batch"),
         ({"task": {"kind": "multi-class", "classes": ["a"]}}, "at least two classes", "multi-label"),
-        ({"task": {"loss": "dice-ce"}}, "task.loss: dice-ce does not go with multi-class", "Use auto"),
-        ({"task": {"kind": "segmentation", "loss": "focal"}}, "task.loss: focal does not go", "Use auto"),
-        ({"task": {"kind": "multi-label"}, "training": {"balanced": True}}, "training.balanced", "Leave it off"),
-        ({"training": {"patch": [8, 8]}}, "training.patch: patches are for segmentation", "Leave it out"),
+        ({"task": {"loss": "dice-ce"}}, "task.loss: dice-ce compares masks", "Use cross-entropy or focal"),
+        ({"task": {"kind": "segmentation", "classes": ["a"]}}, "segmentation needs at least two classes", "background"),
+        (
+            {"task": {"kind": "multi-label"}, "training": {"balanced": True}},
+            "training.balanced is for multi-class",
+            "Remove it",
+        ),
+        ({"training": {"patch": [8, 8]}}, "training.patch is for segmentation", "Remove it"),
         ({"task": {"kind": "segmentation"}, "training": {"patch": [99, 8]}}, "training.patch: [99, 8]", "[24, 24]"),
         ({"task": {"kind": "segmentation"}, "evaluation": {"metric": "iou"}}, "evaluation.metric: 'iou'", "auto, dice"),
     ],

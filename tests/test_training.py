@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 from toys import linear, site_data
 
 from polyclinic.errors import SiteError
@@ -36,7 +35,14 @@ def full_batch(images: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_steps_are_those_of_torch(optimizer: str) -> None:
     ours, theirs = start(), start()
-    fit(ours, optimizer=optimizer, epochs=3, batch_size=100, weight_decay=0.01, **({"momentum": 0.9} if optimizer == "sgd" else {}))
+    fit(
+        ours,
+        optimizer=optimizer,
+        epochs=3,
+        batch_size=100,
+        weight_decay=0.01,
+        **({"momentum": 0.9} if optimizer == "sgd" else {}),
+    )
     inputs, targets = full_batch()
     chosen = {
         "sgd": torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -78,7 +84,9 @@ def test_same_seed_same_bits_and_the_global_generator_is_untouched() -> None:
 def test_clipping_bounds_the_step() -> None:
     model, first = start(), start()
     fit(model, lr=1.0, batch_size=100, clip=0.01)
-    moved = math.sqrt(sum((a - b).pow(2).sum().item() for a, b in zip(model.parameters(), first.parameters(), strict=True)))
+    moved = math.sqrt(
+        sum((a - b).pow(2).sum().item() for a, b in zip(model.parameters(), first.parameters(), strict=True))
+    )
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 

@@ -9,6 +9,21 @@ PolyclinicError
 └── RunError          the results folder: cannot be written, does not match, is not finished
 """
 
+import difflib
+from collections.abc import Iterable
+
+MOST_NAMES = 12
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence to end an error message with: ``Did you mean 'x'?``, or else the first known names."""
+    names = {candidate.lower().replace("_", "-"): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower().replace("_", "-"), names, n=1)
+    if close:
+        return f"Did you mean {names[close[0]]!r}?"
+    more = ", ..." if len(names) > MOST_NAMES else ""
+    return f"Known: {', '.join(list(names.values())[:MOST_NAMES])}{more}." if names else "None are known."
+
 
 class PolyclinicError(Exception):
     """Root of all errors that the command line prints without a traceback."""

@@ -16,14 +16,13 @@ from polyclinic.data.build import find_images
 from polyclinic.data.readers import Picture, read_picture, write_nifti_like
 from polyclinic.data.tables import load_table
 from polyclinic.data.transforms import restore_mask, to_array
-from polyclinic.errors import DataError, RunError
+from polyclinic.errors import DataError, RunError, nearest
 from polyclinic.models.normalisation import shared_names
 from polyclinic.models.weights import load_tensors, read_tensors
 from polyclinic.results import RunFolder
 from polyclinic.runner import start_model
 from polyclinic.study import Study
 from polyclinic.tasks import Task, make_task
-from polyclinic.yaml_settings import nearest
 
 
 def predict_files(run_folder: Path, images: Path, out: Path, *, site: str | None = None) -> Path:
@@ -82,7 +81,7 @@ def load_model(run_folder: Path, study: Study, site: str | None = None) -> nn.Mo
     if wanted is None:
         raise RunError(f"method {study.method.name} keeps a model per site: give --site, one of {', '.join(names)}.")
     if wanted not in names:
-        raise RunError(f"{run_folder} has no model of {wanted!r}.{nearest(wanted, names)}")
+        raise RunError(f"{run_folder} has no model of {wanted!r}. {nearest(wanted, names)}")
     model = start_model(study.model_copy(update={"model": study.model.model_copy(update={"weights": ""})}))
     tensors, _ = read_tensors(folder / f"{wanted}.safetensors")
     missing = [name for name in shared_names(model, "batch") if name not in tensors]

@@ -37,7 +37,7 @@ from polyclinic.study import Study
 from polyclinic.tasks import make_task
 from polyclinic.training import learning_rate
 
-RESERVED_SITES = frozenset({POOLED_SITE, "mean", "worst"})
+RESERVED_SITES = frozenset({POOLED_SITE, "global", "mean", "worst"})
 
 
 class Observer(Protocol):

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from polyclinic.errors import StudyError
-from polyclinic.yaml_settings import explain, nearest, override, read_yaml
+from polyclinic.errors import StudyError, nearest
+from polyclinic.yaml_settings import explain, override, read_yaml
 
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
@@ -405,7 +405,7 @@ def _check_metric(study: Study) -> None:
     if study.evaluation.metric not in known:
         raise StudyError(
             f"evaluation.metric: {study.evaluation.metric!r} is not measured on validation images of a "
-            f"{study.task.kind} task.{nearest(study.evaluation.metric, known)}"
+            f"{study.task.kind} task. {nearest(study.evaluation.metric, known)}"
         )
 
 

@@ -81,6 +81,7 @@ def train(
             optimizer.step()
             total += loss.detach() * len(inputs)
             steps, images = steps + 1, images + len(inputs)
+    optimizer.zero_grad(set_to_none=True)
     mean = float(total) / images if images else math.nan
     if images and not math.isfinite(mean):
         raise SiteError(

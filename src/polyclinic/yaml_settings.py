@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from polyclinic.errors import StudyError
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """``" Did you mean 'x'?"`` or the list of what is known, for error messages."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
+from polyclinic.errors import StudyError, nearest
 
 
 def explain(error: ValidationError, model: type[BaseModel], heading: str, raw: Mapping[str, Any] | None = None) -> str:
@@ -34,7 +27,7 @@ def explain(error: ValidationError, model: type[BaseModel], heading: str, raw: M
         place = ".".join(path) or "(top level)"
         if fault["type"] == "extra_forbidden":
             fields = _fields_at(model, fault["loc"][:-1], raw)
-            lines.append(f"  {place}: there is no such key.{nearest(path[-1], fields)}")
+            lines.append(f"  {place}: there is no such key. {nearest(path[-1], fields)}")
         elif fault["type"] == "missing":
             lines.append(f"  {place}: this key is required.")
         else:

@@ -62,7 +62,7 @@ def test_multi_label_translates_each_name(tmp_path: Path) -> None:
     [
         (
             "a.png,pneumona,p1,north,,",
-            r"row 2: label 'pneumona' is not a class.*did you mean 'pneumonia'.*normal, pneu",
+            r"row 2: label 'pneumona' is not a class.*Did you mean 'pneumonia'.*normal, pneu",
         ),
         ("a.png,,p1,north,,", r"row 2: image 'a.png' has no label"),
         ("a.png,normal,p1,../x,,", r"row 2: site '../x' is not a valid name"),
@@ -90,7 +90,7 @@ def test_counts_missing_patients_by_site(tmp_path: Path) -> None:
 def test_refuses_a_table(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there is no table .*absent.csv"):
         read_table(TableSettings(path="absent.csv", limit=None), tmp_path, TASK)
-    with pytest.raises(DataError, match=r"no column 'patient' .*did you mean 'patients'\?.*image, label, patients"):
+    with pytest.raises(DataError, match=r"no column 'patient' .*Did you mean 'patients'\?.*image, label, patients"):
         read_table(table(tmp_path, "a.png,normal,p", header="image,label,patients"), tmp_path, TASK)
     settings = table(tmp_path, "a.png,normal,p1,north,,train").model_copy(update={"where": {"split": ["x"]}})
     with pytest.raises(DataError, match=r"no row is left after where split in \['x'\].*'train'"):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from toys import deployed, sites, toy_study, trained
 
 from polyclinic.evaluation.ops import choose
@@ -38,7 +37,7 @@ def scripted(tmp_path: Path, select: str, metric: str, values: list[float]) -> t
         ("best", "auroc", [0.6, 0.9, 0.9], 2),
         ("last", "auroc", [0.6, 0.9, 0.7], 3),
         ("best", "auroc", [float("nan"), 0.5, 0.4], 2),
-        ("best", "auroc", [float("nan"), float("nan")], 1),
+        ("best", "auroc", [float("nan"), float("nan")], 2),
     ],
 )
 def test_which_round_is_kept(select: str, metric: str, values: list[float], wanted: int, tmp_path: Path) -> None:

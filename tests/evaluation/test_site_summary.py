@@ -196,11 +196,11 @@ def test_table_of_seeds_averages() -> None:
 
 def test_refusals() -> None:
     runs = {"base": {0: {"a": made(0.8)}}, "new": {1: {"a": made(0.8)}}}
-    with pytest.raises(ValueError, match="none of the methods"):
+    with pytest.raises(RunError, match="none of the methods"):
         differences(runs, "fedavg")
-    with pytest.raises(ValueError, match="share no seed"):
+    with pytest.raises(RunError, match="share no seed"):
         differences(runs, "base")
-    with pytest.raises(ValueError, match="same sites"):
+    with pytest.raises(RunError, match="same sites"):
         differences({"base": {0: {"a": made(0.8)}}, "new": {0: {"b": made(0.8)}}}, "base")
 
 

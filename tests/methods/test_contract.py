@@ -172,13 +172,13 @@ def _small_images(size: int = 8) -> dict[str, Any]:
 
 
 def _stop_after(study: Study, data: dict[str, Any], folder: RunFolder, rounds: int) -> None:
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     class Stopper(Silent):
         def round_finished(self, record: Any) -> None:
             if record["round"] == rounds:
-                raise Enough
+                raise EnoughError
 
-    with pytest.raises(Enough):
+    with pytest.raises(EnoughError):
         Run(study, data, folder, Stopper()).train()

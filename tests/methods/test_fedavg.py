@@ -51,7 +51,9 @@ def test_weights_of_the_sites(kind: str, weights: dict[str, int], tmp_path: Path
         toy_study({"name": "fedavg", "rounds": 1}, aggregation={"weight": kind}), sites(), tmp_path / "fedavg"
     )
     for name in run.bench.initial:
-        mean = sum(w * deployed(alone[site], site)[name].double() for site, w in weights.items()) / sum(weights.values())
+        mean = sum(w * deployed(alone[site], site)[name].double() for site, w in weights.items()) / sum(
+            weights.values()
+        )
         torch.testing.assert_close(run.state.groups["model"][name], mean.float())
 
 

@@ -24,16 +24,14 @@ def linear(in_channels: int, out_channels: int, spatial_dims: int, norm: str) ->
 
 
 def site_data(site: str, images: int, seed: int = 0) -> SiteData:
-    """Random grey images of ``SIZE`` pixels a side; the class shows in the mean. Two thirds train, the rest val/test."""
+    """Random grey images of ``SIZE`` pixels a side; the class shows in the mean."""
     draw = torch.Generator().manual_seed(seed * 1000 + sum(map(ord, site)))
     train, held = images, max(4, images // 3)
     count = train + 2 * held
     targets = torch.arange(count) % 2
     pixels = torch.rand(count, 1, SIZE, SIZE, generator=draw) * 0.5 + 0.5 * targets[:, None, None, None] * 0.5
     names = ["train"] * train + ["val"] * held + ["test"] * held
-    cases = [
-        Case(f"{i}.png", f"{site}-{i}", site, label="ab"[int(targets[i])], split=names[i]) for i in range(count)
-    ]
+    cases = [Case(f"{i}.png", f"{site}-{i}", site, label="ab"[int(targets[i])], split=names[i]) for i in range(count)]
     bounds = {"train": (0, train), "val": (train, train + held), "test": (train + held, count)}
     splits = {name: torch.arange(*ends) for name, ends in bounds.items()}
     return SiteData(site, cases, pixels, targets, splits)

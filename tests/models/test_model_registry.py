@@ -99,7 +99,7 @@ def test_large_images_are_checked_without_arithmetic() -> None:
     ("arguments", "words"),
     [
         ({"name": "small_cn"}, "no network 'small_cn'. Did you mean 'small-cnn'"),
-        ({"name": "qqq"}, "Choose one of: small-cnn, mobilenet"),
+        ({"name": "qqq"}, "Known: small-cnn, mobilenet"),
         ({"name": "unet", "kind": "multi-class"}, "'unet' does segmentation, but task.kind is 'multi-class'. Choose"),
         ({"name": "resnet18", "kind": "segmentation"}, "Choose one of: unet."),
         ({"name": "densenet3d"}, "'densenet3d' takes 3D images, but data.image.size has 2 numbers"),

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from polyclinic.data.names import check_reference, check_site_name
-from polyclinic.data.tables import Table, load_table, nearest, save_table
-from polyclinic.errors import DataError
+from polyclinic.data.tables import Table, load_table, save_table
+from polyclinic.errors import DataError, nearest
+from polyclinic.seeds import generator
 from polyclinic.study import Columns, DataSettings, TableSettings, TaskSettings
 
 COLUMNS = ("image", "label", "mask", "patient", "site", "device", "split")
@@ -174,7 +175,7 @@ def _checked_label(case: Case, table: TableSettings, task: TaskSettings) -> Case
         unknown = next((name for name in names if name not in table.labels), None)
         if unknown is not None:
             raise DataError(
-                f"{case.where}: 'labels' of the table does not translate {unknown!r}{nearest(unknown, table.labels)} "
+                f"{case.where}: 'labels' of the table does not translate {unknown!r}. {nearest(unknown, table.labels)} "
                 f"It has: {', '.join(table.labels)}. Add the value, or leave its rows out with 'where'."
             )
         names = [name for name in dict.fromkeys(table.labels[name] for name in names) if name]
@@ -199,7 +200,7 @@ def _check_case(case: Case, task: TaskSettings) -> None:
     for name in names:
         if name not in task.classes:
             raise DataError(
-                f"{case.where}: label {name!r} is not a class of the study{nearest(name, task.classes)} "
+                f"{case.where}: label {name!r} is not a class of the study. {nearest(name, task.classes)} "
                 f"The classes are: {', '.join(task.classes)}. Translate it with 'labels' of the table."
             )
 
@@ -217,10 +218,8 @@ def _check_duplicates(cases: Iterable[Case]) -> None:
 
 
 def _limited(cases: list[Case], limit: int, seed: int) -> list[Case]:
-    import numpy as np
-
     patients = sorted({(case.site, case.patient) for case in cases})
-    order = np.random.default_rng([seed, 0x11317]).permutation(len(patients))
+    order = generator(seed, "limit").permutation(len(patients))
     kept = {patients[i] for i in order[:limit]}
     return [case for case in cases if (case.site, case.patient) in kept]
 

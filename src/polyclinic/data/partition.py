@@ -20,8 +20,9 @@ import numpy as np
 
 from polyclinic.data.manifest import Case
 from polyclinic.data.names import check_site_name
-from polyclinic.data.split import patient_groups, rarest_labels, seeded
+from polyclinic.data.split import patient_groups, rarest_labels
 from polyclinic.errors import DataError
+from polyclinic.seeds import generator
 from polyclinic.study import PartitionSettings
 
 DRAWS = 200
@@ -94,9 +95,9 @@ def _drawn(cases: Sequence[Case], groups: Sequence[Sequence[int]], settings: Par
         raise DataError(f"{len(groups)} patients cannot fill {count} sites. Lower data.partition.sites.")
     labels = rarest_labels(cases, groups)
     enough = SMALLEST if len(groups) >= SMALLEST * count else 1
-    generator = seeded(settings.seed, "partition", settings.kind)
+    rng = generator(settings.seed, "partition", settings.kind)
     for _ in range(DRAWS):
-        owner = _draw(labels, settings, generator)
+        owner = _draw(labels, settings, rng)
         if np.bincount(owner, minlength=count).min() >= enough:
             width = len(str(count))
             return [f"site-{k + 1:0{width}d}" for k in owner]
@@ -106,15 +107,15 @@ def _drawn(cases: Sequence[Case], groups: Sequence[Sequence[int]], settings: Par
     )
 
 
-def _draw(labels: Sequence[str], settings: PartitionSettings, generator: np.random.Generator) -> np.ndarray:
+def _draw(labels: Sequence[str], settings: PartitionSettings, rng: np.random.Generator) -> np.ndarray:
     """Index of the site of every patient, int64 (patients,)."""
     count = settings.sites
     owner = np.zeros(len(labels), dtype=np.int64)
     classes = sorted(set(labels)) if settings.kind == "dirichlet" else [None]
     for name in classes:
         ours = np.array([i for i, label in enumerate(labels) if name is None or label == name])
-        shares = np.full(count, 1 / count) if settings.kind == "iid" else generator.dirichlet([settings.alpha] * count)
+        shares = np.full(count, 1 / count) if settings.kind == "iid" else rng.dirichlet([settings.alpha] * count)
         bounds = np.floor(np.cumsum(shares)[:-1] * len(ours) + 0.5)
-        order = generator.permutation(len(ours))
+        order = rng.permutation(len(ours))
         owner[ours[order]] = np.searchsorted(bounds, np.arange(len(ours)), side="right")
     return owner

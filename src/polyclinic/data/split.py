@@ -7,7 +7,6 @@ appears at two sites of one common table stays on one side of the split at both.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ import numpy as np
 from polyclinic.data.manifest import SPLITS, Case
 from polyclinic.data.tables import save_table
 from polyclinic.errors import DataError
+from polyclinic.seeds import generator
 from polyclinic.study import SplitSettings
 
 
@@ -57,12 +57,6 @@ def rarest_labels(cases: Sequence[Case], groups: Sequence[Sequence[int]]) -> lis
     held = [sorted({name for i in group for name in cases[i].labels}) for group in groups]
     count = Counter(name for names in held for name in names)
     return [min(names, key=lambda name: (count[name], name), default="") for names in held]
-
-
-def seeded(seed: int, *names: str) -> np.random.Generator:
-    """A generator that depends on the seed and the names, nothing else."""
-    digest = hashlib.sha256("\0".join(names).encode()).digest()
-    return np.random.default_rng([seed, *np.frombuffer(digest[:16], dtype=np.uint32).tolist()])
 
 
 def split_cases(cases: Sequence[Case], settings: SplitSettings) -> list[Case]:
@@ -108,7 +102,7 @@ def _deal(
     done = 0
     for stratum in sorted(sizes, key=lambda name: (sizes[name], name)):
         ours = [p for p, s in zip(patients, strata, strict=True) if s == stratum]
-        order = seeded(settings.seed, site, stratum).permutation(len(ours))
+        order = generator(settings.seed, "split", site, stratum).permutation(len(ours))
         counts = np.floor(fractions * len(ours) + 1e-9).astype(int)
         done += len(ours)
         while counts.sum() < len(ours):

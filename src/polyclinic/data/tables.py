@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from polyclinic.errors import DataError
+from polyclinic.errors import DataError, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class Table:
         if name in self.columns:
             return self.columns.index(name)
         raise DataError(
-            f"{self.path.name} has no column '{name}' ({purpose}){nearest(name, self.columns)} "
+            f"{self.path.name} has no column '{name}' ({purpose}). {nearest(name, self.columns)} "
             f"Its columns are: {', '.join(self.columns)}."
         )
 
@@ -47,14 +46,6 @@ class Table:
         if name not in self.columns and name == usual:
             return None
         return self.column(name, purpose)
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """End of a sentence about a wrong name: ``; did you mean 'x'?``, or a full stop when no name is near."""
-    close = difflib.get_close_matches(name.lower(), {n.lower(): n for n in names}, n=1, cutoff=0.6)
-    if not close:
-        return "."
-    return f"; did you mean '{next(n for n in names if n.lower() == close[0])}'?"
 
 
 def load_table(path: Path) -> Table:

@@ -74,7 +74,7 @@ def example_pictures(
     parts = [p for _, p in probabilities(model, data, task, chosen, max(1, len(chosen)))]
     found = torch.cat(parts) if parts else torch.zeros(0, len(task.classes))
     pictures = data.images[chosen]
-    if not pictures.dtype == torch.uint8:
+    if pictures.dtype != torch.uint8:
         pictures = (pictures.clamp(0, 1) * 255).round().to(torch.uint8)
     result: dict[str, Any] = {"images": _middle(pictures).numpy()}
     targets = data.targets[chosen]

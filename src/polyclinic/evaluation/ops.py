@@ -17,7 +17,7 @@ import torch
 from polyclinic.errors import SiteError
 from polyclinic.evaluation.classification import classification_metrics
 from polyclinic.evaluation.inference import example_pictures, predict_cases, probabilities
-from polyclinic.evaluation.names import lower_is_better
+from polyclinic.evaluation.names import AUTO_METRIC, lower_is_better
 from polyclinic.evaluation.predictions import Predictions, write_predictions
 from polyclinic.evaluation.summary import SiteResult, site_result
 from polyclinic.federation.message import Message
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from polyclinic.federation.channel import Channel
     from polyclinic.federation.state import ServerState
     from polyclinic.methods.base import Method
-
-
-AUTO_METRIC = {"multi-class": "balanced_accuracy", "multi-label": "auroc", "segmentation": "dice"}
-"""What chooses the round where the study says ``auto``."""
 
 
 def evaluation_ops(method: Method) -> dict[str, Op]:
@@ -57,7 +53,8 @@ def evaluation_ops(method: Method) -> dict[str, Op]:
     def test(site: Site, message: Message) -> Message:
         if method.personal:
             kept = site.state.load("chosen")
-            assert kept is not None, "the runner keeps a model before it tests"
+            if kept is None:
+                raise SiteError(f"site {site.name!r} kept no model: it was absent when a round was chosen.")
             site.load(kept[0])
             save_tensors(_made(site, "models") / f"{site.name}.safetensors", site.tensors)
         else:
@@ -134,7 +131,7 @@ def report_test(method: Method, channel: Channel, state: ServerState) -> dict[st
 
 
 def _validation_metrics(site: Site) -> dict[str, float]:
-    """All metrics for classification; loss and Dice for segmentation, where distances would cost too much."""
+    """All metrics for classification; Dice for segmentation, where distances would cost too much."""
     batch_size = site.study.evaluation.batch_size
     if site.task.kind != "segmentation":
         found = predict_cases(site.model, site.data, site.task, ["val"], batch_size)

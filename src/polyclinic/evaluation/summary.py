@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from polyclinic.errors import RunError
 from polyclinic.evaluation.bootstrap import (
     classification_replicates,
     interval,
@@ -139,10 +140,10 @@ def differences(runs: Mapping[str, Runs], baseline: str, confidence: float = 0.9
         of ``LOWER_IS_BETTER`` a negative value is a gain.
 
     Raises:
-        ValueError: The baseline is none of the methods, sites differ, or methods share no seed.
+        RunError: The baseline is none of the methods, sites differ, or methods share no seed.
     """
     if baseline not in runs:
-        raise ValueError(f"baseline {baseline!r} is none of the methods {', '.join(runs)}")
+        raise RunError(f"baseline {baseline!r} is none of the methods {', '.join(runs)}")
     _check_sites(runs)
     rows: list[dict[str, Any]] = []
     for method in runs:
@@ -150,7 +151,7 @@ def differences(runs: Mapping[str, Runs], baseline: str, confidence: float = 0.9
             continue
         seeds = sorted(set(runs[method]) & set(runs[baseline]))
         if not seeds:
-            raise ValueError(f"{method} and {baseline} share no seed: differences are paired by seed")
+            raise RunError(f"{method} and {baseline} share no seed: differences are paired by seed")
         pair = [{seed: runs[name][seed] for seed in seeds} for name in (method, baseline)]
         head = {"method": method, "baseline": baseline}
         rows += [head | row for row in _pair_rows(pair[0], pair[1], confidence)]
@@ -237,12 +238,12 @@ def _check_sites(runs: Mapping[str, Runs]) -> None:
         for seed, sites in seeds.items():
             wanted = set(sites) if wanted is None else wanted
             if set(sites) != wanted or not sites:
-                raise ValueError(
+                raise RunError(
                     f"{method} with seed {seed} has results of sites {sorted(sites)}, others of {sorted(wanted)}: "
                     "methods are compared on the same sites"
                 )
     if wanted is None:
-        raise ValueError("there are no results to summarise")
+        raise RunError("there are no results to summarise")
 
 
 def _cell(value: float, replicates: np.ndarray, confidence: float) -> dict[str, float | None]:

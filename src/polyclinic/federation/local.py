@@ -63,6 +63,7 @@ class LocalChannel:
             if self._on_call:
                 self._on_call(op, name, reply)
             yield name, reply
+            del reply  # before the next site trains
 
     def call(self, op: str, messages: Mapping[str, Message]) -> dict[str, Message]:
         """Gather ``stream``."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from polyclinic.errors import SiteError, UndeclaredError
+from polyclinic.errors import SiteError, UndeclaredError, nearest
 from polyclinic.federation.message import Message
 from polyclinic.federation.state import SiteState
 from polyclinic.models.normalisation import shared_names
@@ -19,7 +19,6 @@ from polyclinic.models.weights import load_tensors, shared_tensors, snapshot
 from polyclinic.seeds import derive_seed
 from polyclinic.study import Study
 from polyclinic.training import AdjustGradients, TrainingResult, learning_rate, train
-from polyclinic.yaml_settings import nearest
 
 if TYPE_CHECKING:
     from polyclinic.data.dataset import SiteData
@@ -107,7 +106,7 @@ class Site:
             UndeclaredError: The answer holds something that the op did not declare.
         """
         if op not in self._ops:
-            raise SiteError(f"site {self.name!r} has no op {op!r}.{nearest(op, list(self._ops))}")
+            raise SiteError(f"site {self.name!r} has no op {op!r}. {nearest(op, list(self._ops))}")
         self.round = number
         self.state.begin_round(number)
         reply = self._ops[op].run(self, message)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from polyclinic.errors import RunError
 from polyclinic.federation.message import Scalar
 from polyclinic.models.weights import read_tensors, save_tensors
 
@@ -71,8 +72,15 @@ class SiteState:
         return self._path(key, self.round).is_file()
 
     def promote(self, key: str, to: str) -> None:
-        """Rename the set kept under ``key`` in this round."""
-        self._path(key, self.round).replace(self._path(to, self.round))
+        """Rename the set kept under ``key`` in this round.
+
+        Raises:
+            RunError: The folder cannot be written.
+        """
+        try:
+            self._path(key, self.round).replace(self._path(to, self.round))
+        except OSError as error:
+            raise RunError(f"{self._path(to, self.round)}: cannot be written: {error.strerror or error}") from error
 
     def _path(self, key: str, version: int) -> Path:
         return self.folder / f"{key}.{version:06d}.safetensors"
@@ -115,19 +123,21 @@ class ServerState:
                     tensors[key] = tensor
                 else:
                     same[key] = other
-        groups = list(self.groups)
-        metadata = {"scalars": self.scalars, "finished": self.finished, "groups": groups, "same": same}
+        # A safetensors file does not keep the order of names, on which the length of messages depends.
+        order = {group: list(members) for group, members in self.groups.items()}
+        metadata = {"scalars": self.scalars, "finished": self.finished, "order": order, "same": same}
         save_tensors(path, tensors, {name: json.dumps(value) for name, value in metadata.items()})
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> ServerState:
         """Read what ``save`` wrote."""
         tensors, metadata = read_tensors(path)
-        state = cls({group: {} for group in json.loads(metadata["groups"])})
         placed = {key: tensor.to(device) for key, tensor in tensors.items()}
-        for key in [*placed, *(same := json.loads(metadata["same"]))]:
-            group, _, name = key.partition("/")
-            state.groups[group][name] = placed[same.get(key, key)]
+        same = json.loads(metadata["same"])
+        order = json.loads(metadata["order"])
+        state = cls(
+            {g: {n: placed[same.get(f"{g}/{n}", f"{g}/{n}")] for n in names} for g, names in order.items()}
+        )
         state.scalars = json.loads(metadata["scalars"])
         state.finished = int(metadata["finished"])
         return state

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from polyclinic.errors import StudyError
+from polyclinic.errors import StudyError, nearest
 
 if TYPE_CHECKING:
     from polyclinic.methods.base import Method, MethodParams
@@ -30,10 +30,8 @@ def method_class(name: str) -> type[Method]:
     Raises:
         ValueError: There is no such method; names the nearest.
     """
-    from polyclinic.yaml_settings import nearest
-
     if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}.{nearest(name, list(METHODS))}")
+        raise ValueError(f"there is no method {name!r}. {nearest(name, list(METHODS))}")
     module, _, attribute = METHODS[name].partition(":")
     found: type[Method] = getattr(importlib.import_module(module), attribute)
     return found
@@ -71,21 +69,9 @@ def check_combination(study: Study) -> None:
     Raises:
         StudyError: With the reason and the nearest combination that works.
     """
-    task, loss = study.task.kind, study.task.loss
-    if task == "multi-class" and len(study.task.classes) < 2:
-        raise StudyError("task.classes: multi-class needs at least two classes. Use multi-label for a single finding.")
-    if task == "segmentation" and len(study.task.classes) < 2:
-        raise StudyError("task.classes: segmentation needs the background first and at least one more class.")
-    if (loss == "dice-ce") != (task == "segmentation") and loss != "auto":
-        raise StudyError(f"task.loss: {loss} does not go with {task}. Use auto.")
-    if study.training.balanced and task != "multi-class":
-        raise StudyError(f"training.balanced: drawing by class needs a multi-class task, not {task}. Leave it off.")
-    if study.training.patch is not None:
-        size = study.data.image.size
-        if task != "segmentation":
-            raise StudyError(f"training.patch: patches are for segmentation, not {task}. Leave it out.")
-        if len(study.training.patch) != len(size) or any(
-            p > s for p, s in zip(study.training.patch, size, strict=True)
-        ):
-            raise StudyError(f"training.patch: {study.training.patch} does not fit into data.image.size {size}.")
+    from polyclinic.models.registry import seen_size
+    from polyclinic.tasks import check_task
+
+    check_task(study.task, study.training)
+    seen_size(study.data.image, study.training.patch)
     method_class(study.method.name).check(study)

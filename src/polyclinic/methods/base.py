@@ -60,8 +60,8 @@ class Method(ABC):
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
         """Train: one ``yield`` per finished round, with all that the next round needs in ``state``.
 
-        ``state["model"]`` holds the shared tensors when training starts; after a restart the generator is made anew
-        from the last saved state.
+        ``state.groups["model"]`` holds the shared tensors when training starts; after a restart the generator is made
+        anew from the last saved state.
         """
 
     @abstractmethod

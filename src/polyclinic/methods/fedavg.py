@@ -62,7 +62,7 @@ def average_rounds(
 
 def add_update(model: dict[str, Tensor], update: dict[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
     """``model + scale * update``, added in float64 and rounded once to the model's type."""
-    return {name: torch.add(update[name] * scale, tensor).to(tensor.dtype) for name, tensor in model.items()}
+    return {name: torch.add(tensor, update[name], alpha=scale).to(tensor.dtype) for name, tensor in model.items()}
 
 
 def train_global(site: Site, message: Message) -> Message:

@@ -1,6 +1,6 @@
 """Pooled training: all images in one place. What no consortium may do, and the bound that methods are measured against.
 
-Simulation only. A round is as many gradient steps as all sites of fedavg take together.
+Simulation only. A round sees as many images as all sites of fedavg with full participation see together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from polyclinic.secure.sum import SecureSum
 from polyclinic.study import Study
 
 POOLED_SITE = "pooled"
-"""The hidden site that holds the training images of all sites; the runner makes it for this method alone."""
+"""The hidden site with the training images of all sites; the runner makes it for methods that are simulation only."""
 
 
 class PooledParams(MethodParams):

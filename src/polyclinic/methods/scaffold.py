@@ -64,9 +64,7 @@ class Scaffold(Method):
             message = Message.pack({"model": state.groups["model"], "control": state.groups["control"]})
             total = sums.sum(channel, "train", dict.fromkeys(cohort, message))
             answered = total.weights["control"] / len(channel.sites)
-            state.groups["model"] = add_update(
-                state.groups["model"], total.mean("update"), self.study.method.server_lr
-            )
+            state.groups["model"] = add_update(state.groups["model"], total.mean("update"), self.study.method.server_lr)
             state.groups["control"] = add_update(state.groups["control"], total.mean("control"), answered)
             yield
 

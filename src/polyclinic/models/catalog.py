@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from polyclinic.errors import StudyError
+from polyclinic.errors import StudyError, nearest
 
 TaskKind = Literal["multi-class", "multi-label", "segmentation"]
 CLASSIFICATION: tuple[TaskKind, ...] = ("multi-class", "multi-label")
 SEGMENTATION: tuple[TaskKind, ...] = ("segmentation",)
-MOST_CHOICES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +86,6 @@ NETWORKS: dict[str, Network] = {
         ),
     )
 }
-
-
-def nearest(word: str, choices: list[str]) -> str:
-    """Return a sentence to end an error message with: ``Did you mean ...?``, or else the first choices."""
-    close = difflib.get_close_matches(word, choices, n=1) or difflib.get_close_matches(
-        word.lower().replace("_", "-"), choices, n=1
-    )
-    if close:
-        return f"Did you mean {close[0]!r}?"
-    more = ", ..." if len(choices) > MOST_CHOICES else ""
-    return f"Choose one of: {', '.join(choices[:MOST_CHOICES])}{more}." if choices else "It takes none."
 
 
 def find_network(name: str, kind: str, spatial_dims: int) -> Network:

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from polyclinic.errors import StudyError
-from polyclinic.models.catalog import nearest
+from polyclinic.errors import StudyError, nearest
 
 
 def find_builder(reference: str) -> Callable[..., Any]:

@@ -50,7 +50,7 @@ def build_model(
         StudyError: The network is unknown, cannot do the task, refuses an option, gives another shape than the task
             needs, or the file of weights does not fit.
     """
-    seen = _seen_size(image, patch)
+    seen = seen_size(image, patch)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = _construct(settings, task, image)
@@ -77,7 +77,12 @@ def head_name(model: nn.Module) -> str:
     return own[-1] if own else ""
 
 
-def _seen_size(image: ImageSettings, patch: Sequence[int] | None) -> list[int]:
+def seen_size(image: ImageSettings, patch: Sequence[int] | None) -> list[int]:
+    """Size of what the network sees at once: the patch, else the image.
+
+    Raises:
+        StudyError: The patch does not fit into the image.
+    """
     if patch is None:
         return list(image.size)
     if len(patch) != len(image.size) or any(p > s or p < 1 for p, s in zip(patch, image.size, strict=False)):

@@ -21,15 +21,20 @@ def recorded_sites(rounds: Sequence[Json]) -> list[str]:
     return list(dict.fromkeys(site for record in rounds for site in record["sites"]))
 
 
-def learning_panels(run: Run) -> list[Panel]:
-    """Training loss and validation metrics by round, one line per site, the kept round marked."""
+def learning_panels(run: Run, prefix: str = "") -> list[Panel]:
+    """Training loss and validation metrics by round, one line per site, the kept round marked.
+
+    Args:
+        run: The run.
+        prefix: Of the ids, where a page shows several runs.
+    """
     metric = selection_metric(run.study)
     wanted = ["loss", "balanced_accuracy", "auroc"] if run.metrics["task"] != "segmentation" else ["dice"]
     shown = list(dict.fromkeys([metric, *wanted]))[:3]
     chosen = run.metrics.get("chosen_round")
     sites = _palette(run)
     panels = []
-    with panel("curve-train-loss", "Training loss") as (made, axes):
+    with panel(f"{prefix}curve-train-loss", "Training loss") as (made, axes):
         _lines(axes, {site: _points(run.rounds, site, "loss") for site in sites}, chosen)
     panels.append(made)
     for name in shown:
@@ -37,7 +42,7 @@ def learning_panels(run: Run) -> list[Panel]:
         if not any(line[0] for line in lines.values()):
             continue
         note = "Chose the round that is kept." if name == metric and run.study["evaluation"]["select"] == "best" else ""
-        with panel(f"curve-val-{name}", f"Validation: {metric_label(name)}", note) as (made, axes):
+        with panel(f"{prefix}curve-val-{name}", f"Validation: {metric_label(name)}", note) as (made, axes):
             _lines(axes, lines, chosen)
         panels.append(made)
     return panels

@@ -22,11 +22,11 @@ from polyclinic.report.folder import Json
 SQUARE = (3.7, 3.85)
 
 
-def roc_panel(site: str, test: Predictions, classes: Sequence[str], multilabel: bool) -> Panel:
-    """One curve per class that has test images on both sides; a note where there is none."""
+def roc_panel(site: str, test: Predictions, classes: Sequence[str], multilabel: bool, prefix: str = "") -> Panel:
+    """One curve per class that has test images on both sides; a note where there is none. ``prefix`` of the id."""
     from sklearn.metrics import roc_auc_score, roc_curve
 
-    id = f"roc-{site}"
+    id = f"{prefix}roc-{site}"
     if not usable(test):
         return Panel(slug(id), site, note="No finite predictions on test images.")
     truth, scores, asked = one_vs_rest(*checked(test.targets, test.probabilities, multilabel), multilabel)
@@ -47,9 +47,9 @@ def roc_panel(site: str, test: Predictions, classes: Sequence[str], multilabel: 
     return made
 
 
-def reliability_panel(site: str, test: Predictions, multilabel: bool) -> Panel:
+def reliability_panel(site: str, test: Predictions, multilabel: bool, prefix: str = "") -> Panel:
     """Share that was right against stated probability, in the bins of the calibration error, with their counts."""
-    id = f"reliability-{site}"
+    id = f"{prefix}reliability-{site}"
     if not usable(test):
         return Panel(slug(id), site, note="No finite predictions on test images.")
     pairs = calibration_pairs(*checked(test.targets, test.probabilities, multilabel), multilabel)
@@ -107,13 +107,13 @@ def label_counts(test: Predictions, classes: Sequence[str]) -> list[Json]:
     ]
 
 
-def score_panels(tests: dict[str, CaseScores], classes: Sequence[str]) -> list[Panel]:
+def score_panels(tests: dict[str, CaseScores], classes: Sequence[str], prefix: str = "") -> list[Panel]:
     """Every test case's Dice, IoU and HD95 by site, with the median."""
     panels = []
     rng = np.random.default_rng(0)
     for column in [f"{score}_{name}" for name in classes[1:] for score in ("dice", "iou", "hd95")]:
         shape = (5, max(2.2, 0.9 + 0.42 * len(tests)))
-        with panel(f"scores-{column}", metric_label(column), shape=shape) as (made, axes):
+        with panel(f"{prefix}scores-{column}", metric_label(column), shape=shape) as (made, axes):
             for row, cases in enumerate(tests.values()):
                 values = cases.scores[column]
                 heights = row + rng.uniform(-0.22, 0.22, len(values))

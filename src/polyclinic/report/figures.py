@@ -122,6 +122,7 @@ def _inline(svg: str, id: str, title: str) -> Markup:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     box = re.search(r'viewBox="([^"]+)"', body)
     body = body[body.index(">") + 1 :]
+    body = _light(body)
     body = re.sub(r'\bid="([^"]+)"', rf'id="{id}-\1"', body)
     body = re.sub(r'(xlink:href="|url\()#', rf"\1#{id}-", body)
     body = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1var(--sans)", body)
@@ -130,3 +131,15 @@ def _inline(svg: str, id: str, title: str) -> Markup:
         body = body.replace(color, f"var({variable})")
     start = Markup('<svg viewBox="{}" role="img" aria-label="{}">').format(box[1] if box else "0 0 360 240", title)
     return start + Markup(body)
+
+
+def _light(body: str) -> str:
+    """Without what a page needs not: ids that nothing points to, style sheets, blank shapes, third decimals."""
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
+    used = set(re.findall(r"#([\w.-]+)", body))
+    body = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", body)
+    body = re.sub(r'<path d="[^"]*" style="fill: none"/>', "", body)
+    body = re.sub(r' transform="rotate\(-0 [^"]*"', "", body)
+    body = re.sub(r"(\.\d\d)\d+", r"\1", body)
+    body = re.sub(r"\s*\n\s*", "\n", body)
+    return re.sub(r"<(g|defs)>\s*</\1>|<g/>\n?", "", body)

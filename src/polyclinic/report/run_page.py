@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyclinic.evaluation.predictions import CaseScores, Predictions
-from polyclinic.report.curves import curve_keys, learning_panels, site_effort, traffic_panels, traffic_table
-from polyclinic.report.diagnostics import (
-    confusion,
-    label_counts,
-    reliability_panel,
-    roc_panel,
-    score_panels,
-    usable,
-)
-from polyclinic.report.figures import Key, slug
+from polyclinic.report.chapters import chapters
+from polyclinic.report.curves import site_effort, traffic_panels, traffic_table
+from polyclinic.report.figures import Key
 from polyclinic.report.folder import Json, Run
 from polyclinic.report.pictures import example_cards
 
@@ -25,7 +17,6 @@ def run_context(run: Run) -> dict[str, Any]:
     """Everything ``run.html`` needs."""
     metrics = run.metrics
     kind, classes = metrics["task"], metrics["classes"]
-    tests = {site: part.of_split("test") for site, part in run.predictions.items()}
     return {
         "title": f"{metrics['study']}: {metrics['method']}",
         "study": run.study,
@@ -37,13 +28,8 @@ def run_context(run: Run) -> dict[str, Any]:
         "headline": HEADLINE[kind],
         "rows": headline_rows(metrics, classes),
         "label_rows": label_rows(metrics),
-        "curves": learning_panels(run),
-        "keys": Key.of(curve_keys(run)),
+        "chapters": chapters(run),
         "op_keys": Key.of([row["op"] for row in traffic_table(run) if row["rounds"]]),
-        "class_keys": Key.of(
-            classes if kind != "segmentation" and not (kind == "multi-class" and len(classes) == 2) else []
-        ),
-        "diagnostics": _diagnostics(tests, classes, kind),
         "examples": {s: example_cards(e, classes, kind, s) for s, e in run.examples.items() if len(e["images"])},
         "traffic": traffic_panels(run),
         "traffic_rows": traffic_table(run),
@@ -108,24 +94,3 @@ def notes(run: Run) -> list[tuple[str, str]]:
         found += [(site, f"absent in round {record['round']}: {why}") for site, why in record.get("absent", {}).items()]
     return found
 
-
-def _diagnostics(tests: dict[str, Predictions | CaseScores], classes: list[str], kind: str) -> Json:
-    cases = {site: test for site, test in tests.items() if isinstance(test, CaseScores)}
-    if kind == "segmentation":
-        return {"scores": score_panels(cases, classes)}
-    multilabel = kind == "multi-label"
-    parts = {site: test for site, test in tests.items() if isinstance(test, Predictions)}
-    tables = [
-        {
-            "id": slug(f"confusion-{site}"),
-            "site": site,
-            "rows": (label_counts if multilabel else confusion)(test, classes),
-        }
-        for site, test in parts.items()
-        if usable(test)
-    ]
-    return {
-        "roc": [roc_panel(site, test, classes, multilabel) for site, test in parts.items()],
-        "reliability": [reliability_panel(site, test, multilabel) for site, test in parts.items()],
-        "labels" if multilabel else "confusion": tables,
-    }

@@ -80,7 +80,10 @@ class PlainSum:
                     sums[group] = {name: torch.zeros_like(a, dtype=torch.float64) for name, a in arrays.items()}
                 into = sums[group]
                 _check_alike(site, group, into, arrays)
-                torch._foreach_add_([into[n] for n in arrays], [a.double() for a in arrays.values()], alpha=weight)
+                # One tensor is widened to float64 at a time; a list of widened copies would cost more than the sum.
+                torch._foreach_add_([into[n] for n in arrays], list(arrays.values()), alpha=weight)
+                del arrays
+            del reply  # before the next site trains
         if not scalars:
             reasons = "; ".join(f"{site}: {reason}" for site, reason in channel.absent.items())
             raise SiteError(f"no site answered {op!r} in round {channel.round} ({reasons or 'none was asked'}).")

@@ -6,7 +6,7 @@ from polyclinic.errors import StudyError
 from polyclinic.study import TaskSettings, TrainingSettings
 from polyclinic.tasks.base import Task
 
-__all__ = ["Task", "make_task"]
+__all__ = ["Task", "check_task", "make_task"]
 
 
 def make_task(settings: TaskSettings, training: TrainingSettings) -> Task:
@@ -15,7 +15,7 @@ def make_task(settings: TaskSettings, training: TrainingSettings) -> Task:
     Raises:
         StudyError: A loss, a patch or a way of drawing images that this kind of task does not have; names what works.
     """
-    _check(settings, training)
+    check_task(settings, training)
     classes = tuple(settings.classes)
     if settings.kind == "segmentation":
         from polyclinic.tasks.segmentation import Segmentation
@@ -28,7 +28,12 @@ def make_task(settings: TaskSettings, training: TrainingSettings) -> Task:
     return kind(classes, focal=settings.loss == "focal")
 
 
-def _check(settings: TaskSettings, training: TrainingSettings) -> None:
+def check_task(settings: TaskSettings, training: TrainingSettings) -> None:
+    """Refuse what this kind of task does not have.
+
+    Raises:
+        StudyError: Names what works.
+    """
     kind = settings.kind
     if kind != "multi-label" and len(settings.classes) < 2:
         extra = "the background first" if kind == "segmentation" else "or set task.kind: multi-label"

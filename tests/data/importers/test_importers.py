@@ -276,7 +276,7 @@ def test_rad_chestct_restricts_the_abnormalities(tmp_path: Path) -> None:
     rad(tmp_path)
     (path,) = run_importer("rad-chestct", tmp_path, tmp_path, abnormalities=["nodule"])
     assert sorted(c.label for c in read(path, ["nodule"], "multi-label")) == ["", "", "nodule"]
-    with pytest.raises(DataError, match="no abnormality 'nodul'; did you mean 'nodule'"):
+    with pytest.raises(DataError, match="no abnormality 'nodul'. Did you mean 'nodule'"):
         run_importer("rad-chestct", tmp_path, tmp_path, abnormalities=["nodul"])
 
 
@@ -320,7 +320,7 @@ def test_medmnist_volumes_and_findings(tmp_path: Path) -> None:
 def test_medmnist_errors_name_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="it has none"):
         run_importer("medmnist", tmp_path, tmp_path)
-    with pytest.raises(DataError, match=r"no set 'pneumoniamnst'; did you mean 'pneumoniamnist'"):
+    with pytest.raises(DataError, match=r"no set 'pneumoniamnst'. Did you mean 'pneumoniamnist'"):
         run_importer("medmnist", tmp_path, tmp_path, which="pneumoniamnst")
     with pytest.raises(DataError, match="has no pneumoniamnist"):
         run_importer("medmnist", tmp_path, tmp_path, which="pneumoniamnist")

@@ -5,14 +5,13 @@ Each module documents one set: source, licence, citation, expected files, and wh
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from polyclinic.errors import DataError, StudyError
+from polyclinic.errors import DataError, StudyError, nearest
 
 IMPORTERS: dict[str, str] = {
     "chestxray14": "polyclinic.data.importers.chestxray14:import_chestxray14",
@@ -44,9 +43,7 @@ def run_importer(name: str, folder: Path, out: Path, **options: Any) -> list[Pat
         DataError: Files are missing or do not fit together; the message tells the expected layout.
     """
     if name not in IMPORTERS:
-        close = difflib.get_close_matches(name.lower(), IMPORTERS, n=1, cutoff=0.4)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise StudyError(f"there is no importer {name!r}. {hint}Known: {', '.join(IMPORTERS)}.")
+        raise StudyError(f"there is no importer {name!r}. {nearest(name, IMPORTERS)}")
     module, _, function = IMPORTERS[name].partition(":")
     importer: Callable[..., list[Path]] = getattr(import_module(module), function)
     known = list(inspect.signature(importer).parameters)[2:]

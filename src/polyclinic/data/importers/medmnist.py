@@ -21,8 +21,7 @@ import numpy as np
 
 from polyclinic.data.importers.release import write_sites
 from polyclinic.data.manifest import Case
-from polyclinic.data.tables import nearest
-from polyclinic.errors import DataError
+from polyclinic.errors import DataError, nearest
 
 _ORGANS = ("bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left",
            "lung-right", "pancreas", "spleen")  # fmt: skip
@@ -75,7 +74,7 @@ def import_medmnist(folder: Path, out: Path, *, which: str = "", download: bool 
     path = folder if folder.suffix == ".npz" else _chosen(folder, which, download)
     flag = path.stem.partition("_")[0]
     if flag not in CLASSES:
-        raise DataError(f"{path} is no set of MedMNIST{nearest(flag, CLASSES)} Known: {', '.join(CLASSES)}.")
+        raise DataError(f"{path} is no set of MedMNIST. {nearest(flag, CLASSES)} Known: {', '.join(CLASSES)}.")
     return write_sites(_cases(path, flag), out)
 
 
@@ -84,7 +83,7 @@ def _chosen(folder: Path, name: str, download: bool) -> Path:
         flag, _, size = name.partition("_")
         if flag not in CLASSES or (f"_{size}" if size else "") not in _SIZES:
             raise DataError(
-                f"MedMNIST has no set {name!r}{nearest(flag, CLASSES)} Known: {', '.join(CLASSES)}, each also with "
+                f"MedMNIST has no set {name!r}. {nearest(flag, CLASSES)} Known: {', '.join(CLASSES)}, each also with "
                 "_64, and in 2D with _128 and _224."
             )
         path = folder / f"{name}.npz"

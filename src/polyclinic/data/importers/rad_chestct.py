@@ -24,8 +24,7 @@ from pathlib import Path
 
 from polyclinic.data.importers.release import Release, is_one, records, write_sites
 from polyclinic.data.manifest import Case
-from polyclinic.data.tables import nearest
-from polyclinic.errors import DataError
+from polyclinic.errors import DataError, nearest
 
 METADATA = "CT_Scan_Metadata_Complete_35747.csv"
 """The table of patients and scanners."""
@@ -86,7 +85,7 @@ def _labels(release: Release, name: str, wanted: frozenset[str], abnormalities: 
         raise release.error(f"{name} has no columns abnormality*location")
     for abnormality in abnormalities:
         if abnormality not in offered:
-            raise DataError(f"{name} has no abnormality {abnormality!r}{nearest(abnormality, offered)}")
+            raise DataError(f"{name} has no abnormality {abnormality!r}. {nearest(abnormality, offered)}")
     chosen = set(abnormalities or offered)
     labels = {}
     for where, row in records(table, "NoteAcc_DEID"):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from polyclinic.data.manifest import Case
 from polyclinic.data.phantoms import chest_ct, chest_xray, skin_lesion
 from polyclinic.data.phantoms.canvas import stream
 from polyclinic.data.phantoms.devices import DEVICES
-from polyclinic.errors import StudyError
+from polyclinic.errors import StudyError, nearest
 from polyclinic.study import PhantomSettings, PhantomSite, TaskSettings
 
 CLASSES: dict[str, tuple[str, ...]] = {
@@ -48,14 +47,6 @@ def phantom_cases(settings: PhantomSettings, task: TaskSettings) -> list[Case]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise StudyError(f"data.phantom.sites: {', '.join(twice)} is listed twice. Give every site its own name.")
     return [case for site in settings.sites for case in _site_cases(settings.seed, site, classes, task)]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known names, led by the one that was probably meant; for error messages."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(known)}."
 
 
 def _drawn_classes(kind: str, task: TaskSettings) -> tuple[str, ...]:

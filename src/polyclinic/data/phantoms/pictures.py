@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from polyclinic.data.manifest import Case
 from polyclinic.data.phantoms import chest_ct, chest_xray, skin_lesion
 from polyclinic.data.phantoms.canvas import Streams, stream
-from polyclinic.data.phantoms.cases import CLASSES, nearest
+from polyclinic.data.phantoms.cases import CLASSES
 from polyclinic.data.phantoms.devices import DEVICES, Device, photograph, scan
-from polyclinic.errors import DataError, StudyError
+from polyclinic.errors import DataError, StudyError, nearest
 from polyclinic.study import PhantomSettings
 
 _REFERENCE = re.compile(r"(?P<site>[^/]+)/p(?P<patient>\d+)_(?P<image>\d+)")

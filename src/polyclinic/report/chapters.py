@@ -1,0 +1,68 @@
+"""What stands behind a run's metrics: learning curves, then what its test predictions look like at each site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from polyclinic.evaluation.predictions import CaseScores, Predictions
+from polyclinic.report.curves import curve_keys, learning_panels
+from polyclinic.report.diagnostics import (
+    confusion,
+    label_counts,
+    reliability_panel,
+    roc_panel,
+    score_panels,
+    usable,
+)
+from polyclinic.report.figures import Key, Panel, slug
+from polyclinic.report.folder import Json, Run
+
+
+@dataclass(frozen=True)
+class Chapters:
+    """The chapters of one run, for ``chapters.html``; those that its kind of task has not are empty."""
+
+    prefix: str
+    """Of every id, so that a page can show several runs."""
+    kind: str
+    classes: list[str]
+    site_keys: list[Key]
+    class_keys: list[Key]
+    """Empty where one curve tells everything: two classes, or masks."""
+    curves: list[Panel]
+    scores: list[Panel] = field(default_factory=list)
+    roc: list[Panel] = field(default_factory=list)
+    reliability: list[Panel] = field(default_factory=list)
+    tables: list[Json] = field(default_factory=list)
+    """``id``, ``site`` and ``rows``: of the confusion matrix, or of the counts by label."""
+
+
+def chapters(run: Run, prefix: str = "") -> Chapters:
+    """Draw the chapters of a run that was read with its details."""
+    kind, classes = run.metrics["task"], run.metrics["classes"]
+    tests = {site: part.of_split("test") for site, part in run.predictions.items()}
+    one_curve = kind == "segmentation" or (kind == "multi-class" and len(classes) == 2)
+    common = {
+        "prefix": prefix,
+        "kind": kind,
+        "classes": classes,
+        "site_keys": Key.of(curve_keys(run)),
+        "class_keys": Key.of([] if one_curve else classes),
+        "curves": learning_panels(run, prefix),
+    }
+    if kind == "segmentation":
+        cases = {site: test for site, test in tests.items() if isinstance(test, CaseScores)}
+        return Chapters(**common, scores=score_panels(cases, classes, prefix))
+    parts = {site: test for site, test in tests.items() if isinstance(test, Predictions)}
+    multilabel = kind == "multi-label"
+    count = label_counts if multilabel else confusion
+    return Chapters(
+        **common,
+        roc=[roc_panel(site, test, classes, multilabel, prefix) for site, test in parts.items()],
+        reliability=[reliability_panel(site, test, multilabel, prefix) for site, test in parts.items()],
+        tables=[
+            {"id": slug(f"{prefix}confusion-{site}"), "site": site, "rows": count(test, classes)}
+            for site, test in parts.items()
+            if usable(test)
+        ],
+    )
