@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from polyclinic.errors import StudyError, nearest
+from polyclinic.errors import nearest
 
 if TYPE_CHECKING:
     from polyclinic.methods.base import Method, MethodParams

@@ -53,7 +53,7 @@ class Method(ABC):
         self.personal = self.personal or study.model.norm == "batch-local"
 
     @classmethod
-    def check(cls, study: Study) -> None:
+    def check(cls, study: Study) -> None:  # noqa: B027 - most methods take every study
         """Raise StudyError for settings that cannot work with this method."""
 
     @abstractmethod
