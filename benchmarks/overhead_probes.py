@@ -1,4 +1,4 @@
-"""What ``overhead.py`` measures. Each probe runs in a fresh process, ``overhead_probes.py PROBE JSON``, and prints JSON."""
+"""What ``overhead.py`` measures: each probe runs in a fresh process, as ``overhead_probes.py PROBE JSON``."""
 
 from __future__ import annotations
 
@@ -75,16 +75,21 @@ def speed(case: Case) -> Json:
         """Lets the plain loop do the same round whenever Polyclinic has finished one."""
 
         def run_started(self, study: Study, sites: list[str], finished: int) -> None:
-            self.started = time.perf_counter()
+            self.started = clocks()
 
         def round_finished(self, record: Mapping[str, Any]) -> None:
-            saved = time.perf_counter() - self.started
-            by_hand = plain.step(record["round"])
-            times.append((by_hand, record["seconds"], saved))
+            done = clocks()
+            plain.step(record["round"])
+            plain_done = clocks()
+            wall, processor = (
+                {"polyclinic": end - start, "plain": plain_end - end}
+                for start, end, plain_end in zip(self.started, done, plain_done, strict=True)
+            )
+            rounds.append({"wall": wall, "processor": processor, "training": record["seconds"]})
             apart.append(difference(run.state.groups["model"], plain.weights, start))
-            self.started = time.perf_counter()
+            self.started = clocks()
 
-    times: list[tuple[float, float, float]] = []
+    rounds: list[Json] = []
     apart: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
         run = prepare(case, Path(scratch), Alternate())
@@ -93,12 +98,9 @@ def speed(case: Case) -> Json:
         run.train()
     if apart[0] > 1e-4:
         raise SystemExit(f"after one round the weights differ by {apart[0]:.1e} of the change: not the same work.")
-    by_hand, training, saving = zip(*times[1:], strict=True)
     return {
         "steps": sum(map(len, plain.orders(1))),
-        "plain": by_hand,
-        "training": training,
-        "with saving": saving,
+        "rounds": rounds[1:],
         "difference": {"first": apart[0], "last": apart[-1]},
     }
 
@@ -143,8 +145,9 @@ def peak_plain(case: Case, work: str) -> Json:
 
 def export(case: Case, to: str) -> Json:
     """Write what the plain loop works on, for a process that knows nothing of Polyclinic."""
-    from polyclinic.runner import Silent
     from safetensors.torch import save_file
+
+    from polyclinic.runner import Silent
 
     with tempfile.TemporaryDirectory() as scratch:
         save_file(work_of(prepare(case, Path(scratch), Silent())), to)
@@ -193,12 +196,9 @@ class Plain:
         work = self._work
         return [list(work[f"{n}/order/{number}"].split(work[f"{n}/lengths"].tolist())) for n in self._names]
 
-    def step(self, number: int) -> float:
-        """Do round ``number`` and return its seconds."""
-        orders = self.orders(number)
-        started = time.perf_counter()
-        self.weights = plain_round(self.model, self.weights, self._sites, orders, self._recipe)
-        return time.perf_counter() - started
+    def step(self, number: int) -> None:
+        """Do round ``number``."""
+        self.weights = plain_round(self.model, self.weights, self._sites, self.orders(number), self._recipe)
 
 
 def prepare(case: Case, scratch: Path, observer: Observer) -> Run:
@@ -242,6 +242,11 @@ def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], start: 
     apart = sum(float((ours[name] - theirs[name]).double().square().sum()) for name in ours)
     moved = sum(float((ours[name] - start[name]).double().square().sum()) for name in ours)
     return math.sqrt(apart / moved)
+
+
+def clocks() -> tuple[float, float]:
+    """Wall clock and processor time of this process, seconds."""
+    return time.perf_counter(), time.process_time()
 
 
 def memory(field: str) -> float:

@@ -265,7 +265,8 @@ def partition(manifest: Path, task: TaskSettings, out: Path, **settings: Any) ->
     from polyclinic.data.partition import partition_cases
     from polyclinic.study import PartitionSettings
 
-    return _written(partition_cases(_cases(manifest, task), _settings(PartitionSettings, settings)), out)
+    wanted = _settings(PartitionSettings, settings)
+    return _written(partition_cases(_cases(manifest, task), wanted), out)
 
 
 def phantom(study: Study | Path | str, out: Path) -> Path:

@@ -57,7 +57,7 @@ Classes = Annotated[str, typer.Option(help="Class names in order, separated by c
 def main() -> None:
     """Entry point: known errors are printed without a traceback and exit with 2."""
     try:
-        app()
+        app(prog_name="polyclinic")
     except PolyclinicError as error:
         err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
@@ -84,7 +84,8 @@ def run(
     if study is None and resume is not None:
         from polyclinic.results import RunFolder
 
-        study = RunFolder(resume).path / "study.yaml"
+        RunFolder(resume).study()
+        study = resume / "study.yaml"
     _run(_load(study, set_, seed, device, data_root), out, resume)
 
 
@@ -113,7 +114,9 @@ def check(
     study: StudyFile,
     set_: Set = None,
     data_root: DataRoot = None,
-    show: Annotated[bool, typer.Option("--show", help="Print the study with every default written out.")] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Only print the study with every default written out, as YAML.")
+    ] = False,
 ) -> None:
     """Validate a study and its data without training: every image is read and the network is built."""
     from polyclinic.study import dump_study
@@ -121,6 +124,7 @@ def check(
     loaded = _load(study, set_, None, None, data_root)
     if show:
         print(dump_study(loaded), end="")
+        return
     with _observer(1) as observer:
         found = api.check(loaded, observer)
     table = Table("site", "devices", "patients", "train", "val", "test", "labels of the training images")

@@ -130,7 +130,7 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 def _normalised(picture: Picture, study: Study, name: str) -> Tensor:
-    array = torch.from_numpy(to_array(picture, study.data.image, name))
+    array = torch.tensor(to_array(picture, study.data.image, name))
     unit = 255.0 if array.dtype == torch.uint8 else 1.0
     return (array.float() / unit - study.data.image.mean) / study.data.image.std
 

@@ -18,7 +18,7 @@ from polyclinic.study import TrainingSettings
 from polyclinic.tasks import Task
 
 AdjustGradients = Callable[[list[Tensor], list[Tensor]], None]
-"""``adjust(parameters, gradients)`` changes the gradients in place; both in the order of ``trained_parameters(model)``."""
+"""``adjust(parameters, gradients)`` changes gradients in place; both in the order of ``trained_parameters(model)``."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,10 @@ def train(
     mixed = settings.amp and device.type == "cuda"
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: without CUDA it notes a stack trace for later, which takes longer than a small step.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         for inputs, targets in _batches(data, task, settings, seed):
             inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             optimizer.zero_grad(set_to_none=True)
@@ -113,16 +116,12 @@ def _optimizer(parameters: list[Tensor], settings: TrainingSettings, lr: float) 
     return kind(parameters, lr=lr, weight_decay=settings.weight_decay, fused=True)
 
 
-def _batches(
-    data: SiteData, task: Task, settings: TrainingSettings, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(data: SiteData, task: Task, settings: TrainingSettings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised, augmented inputs and targets of each step."""
     order = generator(seed, "order")
     draws = torch.Generator().manual_seed(generator(seed, "augment").integers(2**62).item())
     passes = settings.epochs if settings.steps is None else 1
-    batches = (
-        data.train_batches(order, settings.batch_size, settings.steps, settings.balanced) for _ in range(passes)
-    )
+    batches = (data.train_batches(order, settings.batch_size, settings.steps, settings.balanced) for _ in range(passes))
     for indices in chain.from_iterable(batches):
         inputs, targets = data.inputs(indices), data.targets[indices]
         masks = targets if task.kind == "segmentation" else None

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from made_up_folders import CLASSES, make_comparison, make_run
 
+OTHERS = ("multi-label", "segmentation")
+
 
 @pytest.fixture(scope="session")
 def run_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -14,6 +16,14 @@ def run_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def comparison_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six methods with two seeds on four sites."""
-    return make_comparison(tmp_path_factory.mktemp("comparison") / "made-up")
+def comparison_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Six methods with two seeds on four sites; two methods with one seed for the other kinds of task."""
+    root = tmp_path_factory.mktemp("comparisons")
+    made = {kind: make_comparison(root / kind, kind, ("fedavg", "ditto"), seeds=1) for kind in OTHERS}
+    return {**made, "multi-class": make_comparison(root / "multi-class")}
+
+
+@pytest.fixture(scope="session")
+def comparison_folder(comparison_folders: dict[str, Path]) -> Path:
+    """The comparison of six methods."""
+    return comparison_folders["multi-class"]

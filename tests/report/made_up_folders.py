@@ -42,7 +42,7 @@ def make_run(folder: Path, kind: str = "multi-class", method: str = "fedavg", se
         only = site == options.get("one_class")
         found = _predictions(number, rng, task, options.get("lift", 1.5) - 0.3 * number, only)
         write_predictions(folder / "predictions" / f"{site}.csv", found, task.classes)
-        np.savez_compressed(folder / "predictions" / f"{site}.examples.npz", **_examples(rng, task))
+        np.savez_compressed(folder / "predictions" / f"{site}.examples.npz", **_examples(number, rng, task))
         results[site] = site_result(site, found, task, SETTINGS)
     write_replicates(folder / "replicates.safetensors", results)
     study = _study(task, method, seed, rounds)
@@ -109,23 +109,25 @@ def _predictions(
     return Predictions(*head, targets=targets, probabilities=odds / odds.sum(axis=1, keepdims=True))
 
 
-def _examples(rng: np.random.Generator, task: TaskSettings, size: int = 48) -> dict[str, np.ndarray]:
+def _examples(number: int, rng: np.random.Generator, task: TaskSettings, size: int = 48) -> dict[str, np.ndarray]:
+    truth = np.random.default_rng([number, 7])
     grid = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="ij"))
-    centers = rng.uniform(size * 0.35, size * 0.65, (4, 2, 1, 1))
+    centers = truth.uniform(size * 0.35, size * 0.65, (4, 2, 1, 1))
     distance = np.sqrt(((grid[None] - centers) ** 2).sum(1))
-    glow = 60 + 150 * np.exp(-((distance / (size / 4)) ** 2)) + rng.normal(0, 8, distance.shape)
+    glow = 60 + 150 * np.exp(-((distance / (size / 4)) ** 2)) + truth.normal(0, 8, distance.shape)
     found: dict[str, np.ndarray] = {"images": np.clip(glow, 0, 255).astype(np.uint8)[:, None]}
     if task.kind == "segmentation":
-        shifted = np.sqrt(((grid[None] - centers - 2) ** 2).sum(1))
+        shifted = np.sqrt(((grid[None] - centers - rng.uniform(0, 4)) ** 2).sum(1))
         masks = {"targets": distance < size / 5, "predictions": shifted < size / 5.5}
         return found | {name: mask.astype(np.uint8) for name, mask in masks.items()}
     probabilities = rng.dirichlet(np.ones(len(task.classes)), 4)
     if task.kind == "multi-label":
         decided = (probabilities >= 0.5).astype(np.int64)
-        return found | {"targets": decided[::-1].copy(), "predictions": decided, "probabilities": probabilities}
+        present = truth.integers(0, 2, (4, len(task.classes)))
+        return found | {"targets": present, "predictions": decided, "probabilities": probabilities}
     guess = probabilities.argmax(1)
     return found | {
-        "targets": rng.integers(0, len(task.classes), 4),
+        "targets": truth.integers(0, len(task.classes), 4),
         "predictions": guess,
         "probabilities": probabilities,
     }

@@ -25,10 +25,18 @@ FLAGS = [
 ]
 COUNT_ERRORS = "<script>window.errors=[];addEventListener('error',function(e){errors.push(e.message)},true)</script>"
 MEASURE = """<script>
-var choice = document.getElementById("metric-choice"), shown = [];
-if (choice) ["loss", "all"].forEach(function (value) {
-  choice.value = value; choice.dispatchEvent(new Event("change"));
-  shown.push(document.querySelectorAll("[data-metric]:not(.unchosen)").length);
+var shown = [];
+function visible(id) {
+  return Array.from(document.querySelectorAll("#" + id + " [data-block]")).filter(function (block) {
+    return block.checkVisibility();
+  }).map(function (block) { return block.dataset.block; }).join("+");
+}
+[["metric", "loss"], ["method", "ditto"], ["method", "all"]].forEach(function (pair) {
+  var choice = document.getElementById(pair[0] + "-choice");
+  if (!choice) return;
+  shown.push(visible(pair[0] + "s"));
+  choice.value = pair[1]; choice.dispatchEvent(new Event("change"));
+  shown.push(visible(pair[0] + "s"));
 });
 document.querySelectorAll("details").forEach(function (d) { d.open = true; });
 var root = document.documentElement, style = getComputedStyle(document.body);
@@ -71,11 +79,20 @@ def brightness(color: str) -> float:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
-@pytest.mark.parametrize("kind", ["multi-class", "multi-label", "segmentation", "comparison"])
+@pytest.mark.parametrize("kind", ["multi-class", "multi-label", "segmentation", "compared", "compared segmentation"])
 def test_report_opens_without_error_or_overflow(
-    run_folders: dict[str, Path], comparison_folder: Path, tmp_path: Path, kind: str, width: int, dark: bool
+    run_folders: dict[str, Path],
+    comparison_folders: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+    width: int,
+    dark: bool,
 ) -> None:
-    folder = comparison_folder if kind == "comparison" else run_folders[kind]
+    folder = {
+        **run_folders,
+        "compared": comparison_folders["multi-class"],
+        "compared segmentation": comparison_folders["segmentation"],
+    }[kind]
     inner, scroll, errors, fetched, plots, shown, ink, paper = measure(folder, tmp_path / "profile", width, dark)
     assert int(inner) == width
     assert int(scroll) <= width
@@ -83,4 +100,9 @@ def test_report_opens_without_error_or_overflow(
     assert int(plots) >= 6
     assert (brightness(ink) > brightness(paper)) == dark
     assert abs(brightness(ink) - brightness(paper)) > 150
-    assert shown == ("1/9" if kind == "comparison" else "")
+    first = "fedavg/ditto/ditto/"
+    expected = {
+        "compared": f"auroc/loss/{first}fedavg+local+fedprox+ditto+fedavg-ft+pooled",
+        "compared segmentation": f"dice//{first}fedavg+ditto",
+    }
+    assert shown == expected.get(kind, "")

@@ -13,7 +13,7 @@ from made_up_folders import CLASSES, SITES, make_comparison, make_run
 
 from polyclinic.errors import RunError
 from polyclinic.report import write_report
-from polyclinic.report.pictures import outline
+from polyclinic.report.pictures import outline, side_by_side
 
 VOID = {"meta", "link", "br", "image", "path", "line", "circle", "use", "rect", "img", "input"}
 
@@ -47,12 +47,13 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def pages(run_folders: dict[str, Path], comparison_folder: Path) -> dict[str, str]:
-    folders = {**run_folders, "comparison": comparison_folder}
+def pages(run_folders: dict[str, Path], comparison_folders: dict[str, Path]) -> dict[str, str]:
+    compared = {f"compared {kind}": folder for kind, folder in comparison_folders.items()}
+    folders = {**run_folders, **compared, "comparison": comparison_folders["multi-class"]}
     return {kind: write_report(folder).read_text() for kind, folder in folders.items()}
 
 
-@pytest.mark.parametrize("kind", [*CLASSES, "comparison"])
+@pytest.mark.parametrize("kind", [*CLASSES, "comparison", "compared multi-label", "compared segmentation"])
 def test_nothing_is_fetched_and_ids_are_distinct(pages: dict[str, str], kind: str) -> None:
     page = Page(pages[kind])
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", re.sub(r'"data:[^"]*"', "", pages[kind]))
@@ -86,6 +87,55 @@ def test_plots_of_the_other_kinds(pages: dict[str, str]) -> None:
         "svg" in compared[f"{part}-{name}"] for part in ("values", "forest") for name in ("auroc", "loss", "ece")
     )
     assert "svg" in compared["curve-methods-balanced-accuracy"]
+
+
+def test_a_comparison_shows_the_plots_of_every_method(comparison_folder: Path, pages: dict[str, str]) -> None:
+    page, metrics = Page(pages["comparison"]), json.loads((comparison_folder / "metrics.json").read_text())
+    runs = {m: Page(write_report(comparison_folder / "runs" / f"{m}-seed0").read_text()) for m in metrics["methods"]}
+    assert len(runs) == 6
+    for method, run in runs.items():
+        shared = {n: tags for n, tags in run.figures.items() if re.match("curve|roc|reliability|confusion", n)}
+        assert len(shared) == 4 + 3 * len(SITES)
+        assert {name: page.figures[f"{method}-{name}"] for name in shared} == shared
+    for site in SITES:
+        assert "svg" in page.figures[f"curve-methods-balanced-accuracy-at-{site}"]
+    assert "First seed (0) of each method" in pages["comparison"]
+    assert len(pages["comparison"]) < 3e6
+
+
+def test_a_comparison_of_the_other_kinds(pages: dict[str, str]) -> None:
+    labels, masks = Page(pages["compared multi-label"]), Page(pages["compared segmentation"])
+    for method in ("fedavg", "ditto"):
+        assert all("svg" in labels.figures[f"{method}-{part}-{s}"] for part in ("roc", "reliability") for s in SITES)
+        assert all("table" in labels.figures[f"{method}-confusion-{site}"] for site in SITES)
+        assert all("svg" in masks.figures[f"{method}-scores-{score}-lesion"] for score in ("dice", "iou", "hd95"))
+    assert "First seed" not in pages["compared segmentation"]
+
+
+def test_examples_of_a_comparison_share_their_images(comparison_folder: Path, pages: dict[str, str]) -> None:
+    """16 pictures, each once, with the answer of each method: six for classes, two outlined copies for masks."""
+    listed = pages["comparison"].split('id="examples"')[1].split("</section>")[0]
+    assert listed.count("data:image/png") == 16
+    answers = re.findall(r"<span>(.)</span> <span>([^<]*)</span> <span>(\S+) \((\d\.\d\d)\)</span>", listed)
+    assert len(answers) == 16 * 6
+    with np.load(comparison_folder / "runs" / "ditto-seed0" / "predictions" / f"{SITES[0]}.examples.npz") as arrays:
+        target, guess, odds = (arrays[name][0] for name in ("targets", "predictions", "probabilities"))
+    said = ("✓" if target == guess else "✗", "ditto", CLASSES["multi-class"][guess], f"{odds[guess]:.2f}")
+    assert answers[3] == said
+    masks = pages["compared segmentation"]
+    assert masks.count("data:image/png") == masks.count('<use href="#picture-') == 16
+    assert masks.count('class="outline predicted"') == 32
+
+
+def test_different_examples_are_kept_apart() -> None:
+    card = {"picture": "a", "target": "x"}
+    other = {"picture": "b", "target": "x"}
+    found = side_by_side({"fedavg": [card, card], "local": [card, other]}, "St. Anne")
+    assert [(f["id"], list(f["answers"])) for f in found] == [
+        ("picture-st-anne-1", ["fedavg", "local"]),
+        ("picture-st-anne-2", ["fedavg"]),
+        ("picture-st-anne-3", ["local"]),
+    ]
 
 
 def test_text_is_escaped_and_undefined_is_a_dash(pages: dict[str, str]) -> None:

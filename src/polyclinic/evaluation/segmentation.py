@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,7 +49,9 @@ def case_scores(
         if any(empty):
             scores[f"hd95_{name}"] = 0.0 if all(empty) else diagonal
             continue
-        distance = compute_hausdorff_distance(found, wanted, include_background=True, percentile=95, spacing=steps)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns of an argument that it passes to itself
+            distance = compute_hausdorff_distance(found, wanted, include_background=True, percentile=95, spacing=steps)
         scores[f"hd95_{name}"] = float(distance)
     return scores
 

@@ -52,8 +52,8 @@ class Method(ABC):
         self.study = study
         self.personal = self.personal or study.model.norm == "batch-local"
 
-    @classmethod
-    def check(cls, study: Study) -> None:  # noqa: B027 - most methods take every study
+    @classmethod  # noqa: B027 - most methods take every study
+    def check(cls, study: Study) -> None:
         """Raise StudyError for settings that cannot work with this method."""
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from polyclinic.evaluation.predictions import CaseScores, Predictions
 from polyclinic.report.curves import curve_keys, learning_panels
@@ -20,7 +20,7 @@ from polyclinic.report.folder import Json, Run
 
 @dataclass(frozen=True)
 class Chapters:
-    """The chapters of one run, for ``chapters.html``; those that its kind of task has not are empty."""
+    """The chapters of one run, for ``chapters.html``; those that are not for its kind of task are empty."""
 
     prefix: str
     """Of every id, so that a page can show several runs."""
@@ -30,10 +30,10 @@ class Chapters:
     class_keys: list[Key]
     """Empty where one curve tells everything: two classes, or masks."""
     curves: list[Panel]
-    scores: list[Panel] = field(default_factory=list)
-    roc: list[Panel] = field(default_factory=list)
-    reliability: list[Panel] = field(default_factory=list)
-    tables: list[Json] = field(default_factory=list)
+    scores: list[Panel]
+    roc: list[Panel]
+    reliability: list[Panel]
+    tables: list[Json]
     """``id``, ``site`` and ``rows``: of the confusion matrix, or of the counts by label."""
 
 
@@ -42,22 +42,18 @@ def chapters(run: Run, prefix: str = "") -> Chapters:
     kind, classes = run.metrics["task"], run.metrics["classes"]
     tests = {site: part.of_split("test") for site, part in run.predictions.items()}
     one_curve = kind == "segmentation" or (kind == "multi-class" and len(classes) == 2)
-    common = {
-        "prefix": prefix,
-        "kind": kind,
-        "classes": classes,
-        "site_keys": Key.of(curve_keys(run)),
-        "class_keys": Key.of([] if one_curve else classes),
-        "curves": learning_panels(run, prefix),
-    }
-    if kind == "segmentation":
-        cases = {site: test for site, test in tests.items() if isinstance(test, CaseScores)}
-        return Chapters(**common, scores=score_panels(cases, classes, prefix))
+    cases = {site: test for site, test in tests.items() if isinstance(test, CaseScores)}
     parts = {site: test for site, test in tests.items() if isinstance(test, Predictions)}
     multilabel = kind == "multi-label"
     count = label_counts if multilabel else confusion
     return Chapters(
-        **common,
+        prefix=prefix,
+        kind=kind,
+        classes=classes,
+        site_keys=Key.of(curve_keys(run)),
+        class_keys=Key.of([] if one_curve else classes),
+        curves=learning_panels(run, prefix),
+        scores=score_panels(cases, classes, prefix) if cases else [],
         roc=[roc_panel(site, test, classes, multilabel, prefix) for site, test in parts.items()],
         reliability=[reliability_panel(site, test, multilabel, prefix) for site, test in parts.items()],
         tables=[

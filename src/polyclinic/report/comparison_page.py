@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from polyclinic.evaluation.names import lower_is_better, metric_label
+from polyclinic.report.chapters import chapters
 from polyclinic.report.curves import method_curves, selection_metric
-from polyclinic.report.figures import ACCENT, GRID, INK, MUTED, PAPER, Key, Panel, panel
+from polyclinic.report.figures import ACCENT, GRID, INK, MUTED, PAPER, Key, Panel, panel, slug
 from polyclinic.report.folder import Comparison, Json
-from polyclinic.report.run_page import HEADLINE, facts, headline_rows
+from polyclinic.report.pictures import example_cards, side_by_side
+from polyclinic.report.run_page import HEADLINE, facts, headline_rows, method_settings
 
 
 def comparison_context(comparison: Comparison) -> dict[str, Any]:
@@ -20,6 +22,7 @@ def comparison_context(comparison: Comparison) -> dict[str, Any]:
     baselines = list(dict.fromkeys(row["baseline"] for row in metrics["differences"]))
     names = [row["metric"] for row in headline_rows(first.metrics, classes)]
     headline = HEADLINE[kind]
+    shown = _curve_metrics(comparison, kind)
     return {
         "title": f"{metrics['study']}: comparison",
         "study": comparison.study,
@@ -27,13 +30,19 @@ def comparison_context(comparison: Comparison) -> dict[str, Any]:
         "first": first.metrics,
         "environment": comparison.environment,
         "facts": facts(comparison.study) | {"Seeds": ", ".join(map(str, metrics["seeds"]))},
-        "method_settings": {m: _settings(runs[0].study["method"]) for m, runs in comparison.runs.items()},
+        "method_settings": {m: method_settings(runs[0].study["method"]) for m, runs in comparison.runs.items()},
         "baseline": metrics.get("baseline") or (baselines[0] if baselines else None),
         "headline": headline,
+        "metric_options": [(name, metric_label(name)) for name in names],
+        "method_options": [(method, method) for method in comparison.runs],
+        "first_seed_hint": _first_seed(metrics["seeds"]),
         "blocks": [_block(metrics, metric) for metric in names],
-        "overview": [r for r in metrics["differences"] if r["metric"] == headline and r["where"] in ("mean", "worst")],
+        "overview": _differences(metrics, headline),
         "sites": list(first.metrics["sites"]),
-        "curves": [method_curves(comparison.runs, name) for name in _curve_metrics(comparison, kind)],
+        "curves": [method_curves(comparison.runs, name) for name in shown],
+        "site_curves": [method_curves(comparison.runs, shown[0], site) for site in first.sites] if shown else [],
+        "chapters": {method: chapters(runs[0], f"{slug(method)}-") for method, runs in comparison.runs.items()},
+        "examples": _examples(comparison),
         "keys": Key.of(list(comparison.runs)),
         "effort": [_effort(method, runs) for method, runs in comparison.runs.items()],
         "notes": _notes(comparison),
@@ -52,13 +61,17 @@ def dot_panel(table: Mapping[str, Json], metric: str) -> Panel:
     return made
 
 
-def forest_panel(differences: list[Json], metric: str) -> Panel:
-    """Paired difference of each method to the baseline, for the mean over sites and the worst site."""
+def forest_panel(differences: list[Json], metric: str, methods: list[str]) -> Panel:
+    """Paired difference of each method to the baseline, for the mean over sites and the worst site.
+
+    ``methods`` are the rows, the baseline's one empty, so that they stand beside those of ``dot_panel``.
+    """
     rows = [r for r in differences if r["metric"] == metric]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
     baseline = rows[0]["baseline"]
     with panel(f"forest-{metric}", f"Difference to {baseline}", shape=_shape(len(methods))) as (made, axes):
         axes.axvline(0, color=INK, linewidth=0.9)
+        origin = (0, methods.index(baseline))
+        axes.annotate("baseline", origin, (5, 0), textcoords="offset points", va="center", fontsize=9, color=MUTED)
         for row in rows:
             place = methods.index(row["method"])
             if row["where"] == "mean":
@@ -72,7 +85,6 @@ def forest_panel(differences: list[Json], metric: str) -> Panel:
         left, right = (better, worse) if lower_is_better(metric) else (worse, better)
         for x, text, side in ((0, left, "left"), (1, right, "right")):
             axes.text(x, 1.0, text, transform=axes.transAxes, ha=side, va="bottom", fontsize=9, color=MUTED)
-        axes.set_title(axes.get_title("left"), pad=18)
     return made
 
 
@@ -80,8 +92,7 @@ def _block(metrics: Json, metric: str) -> Json:
     differences = [r for r in metrics["differences"] if r["metric"] == metric]
     panels = [dot_panel(metrics["table"], metric)]
     if differences:
-        panels.append(forest_panel(differences, metric))
-    methods = list(dict.fromkeys(row["method"] for row in differences))
+        panels.append(forest_panel(differences, metric, list(metrics["table"])))
     return {
         "metric": metric,
         "panels": panels,
@@ -93,9 +104,17 @@ def _block(metrics: Json, metric: str) -> Json:
             }
             for method, entry in metrics["table"].items()
         },
-        "differences": {m: {r["where"]: r for r in differences if r["method"] == m} for m in methods},
+        "differences": _differences(metrics, metric),
         "notes": sorted({r["note"] for r in differences if r.get("note")}),
     }
+
+
+def _differences(metrics: Json, metric: str) -> dict[str, dict[str, Json]]:
+    found: dict[str, dict[str, Json]] = {}
+    for row in metrics["differences"]:
+        if row["metric"] == metric:
+            found.setdefault(row["method"], {})[row["where"]] = row
+    return found
 
 
 def _dot(axes: Any, row: float, cell: Json, filled: bool, color: str) -> None:
@@ -115,14 +134,11 @@ def _method_rows(axes: Any, methods: list[str]) -> None:
     axes.spines["bottom"].set_color(GRID)
     axes.margins(x=0.08)
     axes.locator_params(axis="x", nbins=5)
+    axes.set_title(axes.get_title("left"), pad=18)
 
 
 def _shape(rows: int) -> tuple[float, float]:
     return 5, 1.1 + 0.42 * max(rows, 2)
-
-
-def _settings(method: Json) -> str:
-    return ", ".join(f"{name} {value}" for name, value in method.items() if name != "name")
 
 
 def _curve_metrics(comparison: Comparison, kind: str) -> list[str]:
@@ -138,6 +154,23 @@ def _curve_metrics(comparison: Comparison, kind: str) -> list[str]:
         for name in entry.get("val") or {}
     }
     return [name for name in dict.fromkeys(wanted) if name in known]
+
+
+def _first_seed(seeds: list[int]) -> str:
+    if len(seeds) == 1:
+        return f"Seed {seeds[0]}."
+    return f"First seed ({seeds[0]}) of each method; the other seeds are in their run reports, linked below."
+
+
+def _examples(comparison: Comparison) -> dict[str, list[Json]]:
+    first = {method: runs[0] for method, runs in comparison.runs.items()}
+    found: dict[str, dict[str, list[Json]]] = {}
+    for method, run in first.items():
+        for site, arrays in run.examples.items():
+            cards = example_cards(arrays, run.metrics["classes"], run.metrics["task"], site)
+            found.setdefault(site, {})[method] = cards
+    compared = {site: side_by_side(cards, site) for site, cards in found.items()}
+    return {site: pictures for site, pictures in compared.items() if pictures}
 
 
 def _effort(method: str, runs: list[Any]) -> Json:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polyclinic.evaluation.names import AUTO_METRIC, metric_label
-from polyclinic.report.figures import INK, MUTED, Panel, panel, series_style
+from polyclinic.report.figures import INK, MUTED, PAPER, Panel, panel, series_style
 from polyclinic.report.folder import Json, Run
 
 
@@ -85,17 +85,22 @@ def _lines(axes: Any, lines: Mapping[str, tuple[list[int], list[float]]], chosen
             va="top",
             fontsize=9,
             color=MUTED,
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+            zorder=3,
         )
 
 
-def method_curves(runs: Mapping[str, Sequence[Run]], metric: str) -> Panel:
-    """Mean over sites and seeds of a validation metric by round, one line per method."""
-    with panel(f"curve-methods-{metric}", f"Validation: {metric_label(metric)}, mean over sites") as (made, axes):
+def method_curves(runs: Mapping[str, Sequence[Run]], metric: str, site: str | None = None) -> Panel:
+    """A validation metric by round, mean over seeds, one line per method: at one site, or the mean over sites."""
+    id = f"curve-methods-{metric}" + (f"-at-{site}" if site else "")
+    where = f"{metric_label(metric)}, {site or 'mean over sites'}"
+    with panel(id, f"Validation: {where}") as (made, axes):
         for index, several in enumerate(runs.values()):
             means: dict[int, list[float]] = {}
             for run in several:
                 for record in run.rounds:
-                    values = [(e.get("val") or {}).get(metric) for e in record["sites"].values()]
+                    entries = [entry for name, entry in record["sites"].items() if site in (None, name)]
+                    values = [(entry.get("val") or {}).get(metric) for entry in entries]
                     known = [value for value in values if value is not None]
                     if known:
                         means.setdefault(int(record["round"]), []).append(sum(known) / len(known))

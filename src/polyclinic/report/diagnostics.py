@@ -19,7 +19,7 @@ from polyclinic.evaluation.predictions import CaseScores, Predictions
 from polyclinic.report.figures import ACCENT, GRID, INK, MUTED, Panel, panel, series_style, slug
 from polyclinic.report.folder import Json
 
-SQUARE = (3.7, 3.85)
+SQUARE = (3.2, 3.35)
 
 
 def roc_panel(site: str, test: Predictions, classes: Sequence[str], multilabel: bool, prefix: str = "") -> Panel:
@@ -67,7 +67,8 @@ def reliability_panel(site: str, test: Predictions, multilabel: bool, prefix: st
         edges = (np.arange(ECE_BINS) + 0.5) / ECE_BINS
         axes.bar(edges, 0.25 * counts / counts.max(), width=0.9 / ECE_BINS, color=MUTED, alpha=0.25, linewidth=0)
         axes.vlines(stated, stated, actual, color=ACCENT, linewidth=1, alpha=0.6)
-        axes.scatter(stated, actual, s=14 + 90 * counts[held] / counts.max(), color=ACCENT, alpha=0.85, linewidth=0)
+        sizes = 14 + 90 * counts[held] / counts.max()
+        axes.scatter(stated, actual, s=sizes, color=ACCENT, linewidth=0, zorder=3, clip_on=False)
         _square(axes, "stated probability", "share that was right" if not multilabel else "share that was present")
     return made
 

@@ -140,6 +140,6 @@ def _light(body: str) -> str:
     body = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", body)
     body = re.sub(r'<path d="[^"]*" style="fill: none"/>', "", body)
     body = re.sub(r' transform="rotate\(-0 [^"]*"', "", body)
-    body = re.sub(r"(\.\d\d)\d+", r"\1", body)
+    body = re.sub(r' (d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), body)
     body = re.sub(r"\s*\n\s*", "\n", body)
     return re.sub(r"<(g|defs)>\s*</\1>|<g/>\n?", "", body)

@@ -75,7 +75,7 @@ class Comparison:
     environment: Json
     metrics: Json
     runs: dict[str, list[Run]]
-    """By method, in the order of the seeds; without predictions and pictures."""
+    """By method, in the order of the seeds; predictions and pictures of the first seed alone."""
 
     @classmethod
     def read(cls, folder: Path) -> Comparison:
@@ -86,7 +86,10 @@ class Comparison:
         """
         metrics = read_json(folder / "metrics.json")
         runs = {
-            method: [Run.read(folder / "runs" / f"{method}-seed{seed}", details=False) for seed in metrics["seeds"]]
+            method: [
+                Run.read(folder / "runs" / f"{method}-seed{seed}", details=seed == metrics["seeds"][0])
+                for seed in metrics["seeds"]
+            ]
             for method in metrics["methods"]
         }
         environment = folder / "environment.json"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from polyclinic.errors import RunError
+from polyclinic.report.figures import slug
 from polyclinic.report.folder import Json
 
 
@@ -22,8 +23,8 @@ def example_cards(examples: dict[str, np.ndarray], classes: Sequence[str], kind:
         site: For error messages.
 
     Returns:
-        ``picture`` (data URI), ``width``, ``height`` and, for masks, ``outlines`` of ``{kind, path, label}``, else
-        ``target``, ``predicted`` and ``right``.
+        ``picture`` (data URI), ``width``, ``height`` and, for masks, ``outlines`` of ``{kind, path, label}`` and
+        ``dice``, else ``target``, ``predicted`` and ``right``.
     """
     missing = {"images", "targets", "predictions"} - set(examples)
     if missing:
@@ -31,7 +32,7 @@ def example_cards(examples: dict[str, np.ndarray], classes: Sequence[str], kind:
     cards = []
     for i, image in enumerate(examples["images"]):
         height, width = image.shape[-2:]
-        card: Json = {"picture": _data_uri(image), "width": width, "height": height, "outlines": []}
+        card: Json = {"picture": _data_uri(image), "width": width, "height": height, "target": "", "outlines": []}
         target, predicted = examples["targets"][i], examples["predictions"][i]
         if kind == "segmentation":
             for k, name in enumerate(classes[1:], start=1):
@@ -42,6 +43,23 @@ def example_cards(examples: dict[str, np.ndarray], classes: Sequence[str], kind:
             card |= _labels(target, predicted, examples["probabilities"][i], classes)
         cards.append(card)
     return cards
+
+
+def side_by_side(cards: Mapping[str, Sequence[Json]], site: str) -> list[Json]:
+    """Each picture of a site once, with what every method made of it.
+
+    Args:
+        cards: ``example_cards`` by method; the same pictures where the methods were tested alike.
+        site: For the id.
+
+    Returns:
+        ``id`` and ``answers`` (card by method) of each distinct picture.
+    """
+    found: dict[tuple[int, str], dict[str, Json]] = {}
+    for method, several in cards.items():
+        for number, card in enumerate(several):
+            found.setdefault((number, card["picture"]), {})[method] = card
+    return [{"id": slug(f"picture-{site}-{n}"), "answers": a} for n, a in enumerate(found.values(), start=1)]
 
 
 def outline(mask: np.ndarray) -> str:

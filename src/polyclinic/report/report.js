@@ -1,13 +1,11 @@
-(function () {
-  var choice = document.getElementById("metric-choice");
-  if (!choice) return;
-  var blocks = document.querySelectorAll("[data-metric]");
+document.querySelectorAll(".choice select").forEach(function (choice) {
+  var blocks = choice.closest("section").querySelectorAll("[data-block]");
   function show() {
     blocks.forEach(function (block) {
-      block.classList.toggle("unchosen", choice.value !== "all" && block.dataset.metric !== choice.value);
+      block.classList.toggle("unchosen", choice.value !== "all" && block.dataset.block !== choice.value);
     });
   }
   choice.closest("[hidden]").hidden = false;
   choice.addEventListener("change", show);
   show();
-})();
+});

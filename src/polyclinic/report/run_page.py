@@ -17,14 +17,14 @@ def run_context(run: Run) -> dict[str, Any]:
     """Everything ``run.html`` needs."""
     metrics = run.metrics
     kind, classes = metrics["task"], metrics["classes"]
+    method = ", ".join([metrics["method"], method_settings(run.study["method"])]).removesuffix(", ")
     return {
         "title": f"{metrics['study']}: {metrics['method']}",
         "study": run.study,
         "metrics": metrics,
         "environment": run.environment,
         "privacy": run.privacy,
-        "facts": facts(run.study) | {"Seed": str(metrics["seed"])},
-        "method_settings": {k: v for k, v in run.study["method"].items() if k != "name"},
+        "facts": {"Method": method} | facts(run.study) | {"Seed": str(metrics["seed"])},
         "headline": HEADLINE[kind],
         "rows": headline_rows(metrics, classes),
         "label_rows": label_rows(metrics),
@@ -60,6 +60,11 @@ def facts(study: Json) -> dict[str, str]:
     }
 
 
+def method_settings(method: Json) -> str:
+    """Settings of a method in one line, without its name."""
+    return ", ".join(f"{name} {value}" for name, value in method.items() if name != "name")
+
+
 def headline_rows(metrics: Json, classes: list[str]) -> list[Json]:
     """One row per metric: cells of the mean, the worst site and each site."""
     alone = len(classes) == 2 and metrics["task"] == "segmentation"
@@ -93,4 +98,3 @@ def notes(run: Run) -> list[tuple[str, str]]:
     for record in run.rounds:
         found += [(site, f"absent in round {record['round']}: {why}") for site, why in record.get("absent", {}).items()]
     return found
-
