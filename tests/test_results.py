@@ -102,7 +102,9 @@ def test_a_failed_write_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "metrics.json").read_text() == "old"
 
 
-@pytest.mark.parametrize(("number", "said"), [(errno.EROFS, "Read-only file system"), (errno.EACCES, "Permission denied")])
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.EROFS, "Read-only file system"), (errno.EACCES, "Permission denied")]
+)
 def test_a_folder_that_cannot_be_written(tmp_path: Path, number: int, said: str) -> None:
     def write() -> None:
         raise OSError(number, said)

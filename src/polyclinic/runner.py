@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Mapping
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol

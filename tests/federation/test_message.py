@@ -40,9 +40,7 @@ def arrays(draw: st.DrawFn) -> torch.Tensor:
     return torch.randint(0, 100, shape, generator=seed).to(dtype)
 
 
-MESSAGES = st.builds(
-    Message, st.dictionaries(NAMES, arrays(), max_size=5), st.dictionaries(TEXT, SCALARS, max_size=5)
-)
+MESSAGES = st.builds(Message, st.dictionaries(NAMES, arrays(), max_size=5), st.dictionaries(TEXT, SCALARS, max_size=5))
 
 
 @settings(max_examples=150, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,18 @@ def test_nothing_undeclared_leaves(method: str, tmp_path: Path) -> None:
     replies: dict[str, Message] = {}
     run.channel._on_call = lambda op, site, reply: replies.setdefault(op, reply)
     run.train()
+    run.test()
+    assert {"train", "evaluate", "test"} <= replies.keys()
     shared = set(run.method.shared(run.bench.model))
     for op, reply in replies.items():
         declared = {leaf.name for leaf in run.channel._sites["north"]._ops[op].leaves}
         assert set(reply.groups()) <= declared
-        for name in reply.arrays:
-            assert name.partition("/")[2] in shared
+        assert all(any(fnmatch(name, pattern) for pattern in declared) for name in reply.scalars)
+        if op == "train":
+            assert {name.partition("/")[2] for name in reply.arrays} <= shared
+        else:
+            # Judging sends numbers about images, never a tensor of the model or an image.
+            assert set(reply.groups()) <= {"replicates"}
     for leaf in run.method.ops()["train"].leaves:
         assert leaf.derived_from in {"images", "labels", "counts", "nothing"}
 

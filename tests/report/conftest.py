@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from made_up_folders import CLASSES, make_comparison, make_run
+from made_up_folders import CLASSES, OTHERS, make_comparison, make_run
 
-OTHERS = ("multi-label", "segmentation")
+from polyclinic.report import write_report
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +27,11 @@ def comparison_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 def comparison_folder(comparison_folders: dict[str, Path]) -> Path:
     """The comparison of six methods."""
     return comparison_folders["multi-class"]
+
+
+@pytest.fixture(scope="session")
+def pages(run_folders: dict[str, Path], comparison_folders: dict[str, Path]) -> dict[str, str]:
+    """The report of every folder: by kind of task for a run, ``compared`` and the kind, or ``comparison``."""
+    compared = {f"compared {kind}": comparison_folders[kind] for kind in OTHERS}
+    folders = {**run_folders, **compared, "comparison": comparison_folders["multi-class"]}
+    return {kind: write_report(folder).read_text() for kind, folder in folders.items()}

@@ -27,6 +27,8 @@ CLASSES = {
     "multi-label": ["nodule", "effusion", "mass"],
     "segmentation": ["background", "lesion"],
 }
+OTHERS = ("multi-label", "segmentation")
+"""Kinds of task of the small comparisons."""
 SITES = ["north", "south", "harbor", "st-anne"]
 SETTINGS = EvaluationSettings(bootstrap=100)
 

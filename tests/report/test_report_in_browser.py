@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.report import write_report
-
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium on the PATH")
 
@@ -49,9 +47,8 @@ FRAME = """<title></title><script>addEventListener("message", function (e) { doc
 <iframe src="instrumented.html" width="WIDTH" height="900" style="border:0"></iframe>"""
 
 
-def measure(folder: Path, profile: Path, width: int, dark: bool) -> list[str]:
+def measure(text: str, folder: Path, width: int, dark: bool) -> list[str]:
     """Open an instrumented copy in a frame (a window cannot be as narrow as a phone) and read what its script says."""
-    text = write_report(folder).read_text()
     copy = folder / "instrumented.html"
     copy.write_text(text.replace("<head>", "<head>" + COUNT_ERRORS, 1).replace("</body>", MEASURE + "</body>"))
     outer = folder / "frame.html"
@@ -59,7 +56,7 @@ def measure(folder: Path, profile: Path, width: int, dark: bool) -> list[str]:
     command = [
         str(CHROMIUM),
         *FLAGS,
-        f"--user-data-dir={profile}",
+        f"--user-data-dir={folder / 'profile'}",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
         "--virtual-time-budget=5000",
         "--window-size=1400,1000",
@@ -67,8 +64,6 @@ def measure(folder: Path, profile: Path, width: int, dark: bool) -> list[str]:
         outer.as_uri(),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    copy.unlink()
-    outer.unlink()
     found = re.search(r"<title>([^<]*)</title>", done.stdout)
     assert found, done.stderr[-500:]
     return found[1].split(";")
@@ -79,21 +74,11 @@ def brightness(color: str) -> float:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
-@pytest.mark.parametrize("kind", ["multi-class", "multi-label", "segmentation", "compared", "compared segmentation"])
+@pytest.mark.parametrize("kind", ["multi-class", "multi-label", "segmentation", "comparison", "compared segmentation"])
 def test_report_opens_without_error_or_overflow(
-    run_folders: dict[str, Path],
-    comparison_folders: dict[str, Path],
-    tmp_path: Path,
-    kind: str,
-    width: int,
-    dark: bool,
+    pages: dict[str, str], tmp_path: Path, kind: str, width: int, dark: bool
 ) -> None:
-    folder = {
-        **run_folders,
-        "compared": comparison_folders["multi-class"],
-        "compared segmentation": comparison_folders["segmentation"],
-    }[kind]
-    inner, scroll, errors, fetched, plots, shown, ink, paper = measure(folder, tmp_path / "profile", width, dark)
+    inner, scroll, errors, fetched, plots, shown, ink, paper = measure(pages[kind], tmp_path, width, dark)
     assert int(inner) == width
     assert int(scroll) <= width
     assert (errors, fetched) == ("0", "0")
@@ -102,7 +87,7 @@ def test_report_opens_without_error_or_overflow(
     assert abs(brightness(ink) - brightness(paper)) > 150
     first = "fedavg/ditto/ditto/"
     expected = {
-        "compared": f"auroc/loss/{first}fedavg+local+fedprox+ditto+fedavg-ft+pooled",
+        "comparison": f"auroc/loss/{first}fedavg+local+fedprox+ditto+fedavg-ft+pooled",
         "compared segmentation": f"dice//{first}fedavg+ditto",
     }
     assert shown == expected.get(kind, "")

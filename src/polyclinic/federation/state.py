@@ -135,9 +135,7 @@ class ServerState:
         placed = {key: tensor.to(device) for key, tensor in tensors.items()}
         same = json.loads(metadata["same"])
         order = json.loads(metadata["order"])
-        state = cls(
-            {g: {n: placed[same.get(f"{g}/{n}", f"{g}/{n}")] for n in names} for g, names in order.items()}
-        )
+        state = cls({g: {n: placed[same.get(f"{g}/{n}", f"{g}/{n}")] for n in names} for g, names in order.items()})
         state.scalars = json.loads(metadata["scalars"])
         state.finished = int(metadata["finished"])
         return state

@@ -12,6 +12,9 @@ from polyclinic.errors import RunError
 from polyclinic.report.figures import slug
 from polyclinic.report.folder import Json
 
+LONGEST = 192
+"""Pixels of the longer side of a picture on the page; larger images are shrunk, which keeps the report small."""
+
 
 def example_cards(examples: dict[str, np.ndarray], classes: Sequence[str], kind: str, site: str) -> list[Json]:
     """One card per example image.
@@ -105,6 +108,7 @@ def _data_uri(image: np.ndarray) -> str:
     from PIL import Image
 
     picture = Image.fromarray(image[0]) if image.shape[0] == 1 else Image.fromarray(np.moveaxis(image[:3], 0, -1))
+    picture.thumbnail((LONGEST, LONGEST))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
