@@ -198,8 +198,7 @@ def headline(run_folder: Path) -> tuple[list[dict[str, str]], str]:
 
     A run has a row a site and one each for their mean and the worst; a comparison has a row a method with these two.
     """
-    from polyclinic.evaluation.names import metric_label
-    from polyclinic.report.run_page import HEADLINE
+    from polyclinic.evaluation.names import HEADLINE, metric_label
     from polyclinic.results import RunFolder
 
     found = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))

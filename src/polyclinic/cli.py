@@ -40,7 +40,7 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set method.rounds=5")
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of training; the data split does not change.")]
-Out = Annotated[Path | None, typer.Option(help="Results folder [default: runs/<study>-<time>].")]
+Out = Annotated[Path | None, typer.Option(help="Results folder \\[default: runs/<study>-<time>].")]
 Resume = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Go on with a stopped run after its last finished round.")
 ]
@@ -93,9 +93,9 @@ def run(
 def compare(
     study: StudyFile,
     methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas [default: the study's, else the controls].")
+        str, typer.Option(help="Methods, separated by commas \\[default: the study's, else the controls].")
     ] = "",
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas [default: the study's, else 0,1,2].")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas \\[default: the study's, else 0,1,2].")] = "",
     set_: Set = None,
     out: Out = None,
     resume: Resume = None,
@@ -240,7 +240,7 @@ def data_partition(
 def data_phantom(
     out_: Annotated[Path | None, typer.Option("--out", help="Folder for images, masks and manifests.")] = None,
     study: Annotated[
-        Path | None, typer.Argument(metavar="[STUDY.yaml]", help="A study with data.phantom [default: the demo].")
+        Path | None, typer.Argument(metavar="[STUDY.yaml]", help="A study with data.phantom \\[default: the demo].")
     ] = None,
     set_: Set = None,
     list_: Annotated[bool, typer.Option("--list", help="List kinds, classes and devices.")] = False,

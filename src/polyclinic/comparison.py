@@ -76,9 +76,7 @@ def run_path(folder: Path, study: Study) -> Path:
 
 def tabulate(study: Study, plans: Mapping[str, Sequence[Study]], folder: Path) -> Json:
     """The comparison's table from the finished runs; differences are against fedavg, else against the first method."""
-    runs = {
-        name: {one.seed: read_results(run_path(folder, one)) for one in studies} for name, studies in plans.items()
-    }
+    runs = {name: {one.seed: read_results(run_path(folder, one)) for one in studies} for name, studies in plans.items()}
     confidence = study.evaluation.confidence
     baseline = "fedavg" if "fedavg" in runs else next(iter(runs))
     return {

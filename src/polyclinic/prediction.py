@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from polyclinic.data.build import find_images
+from polyclinic.data.dataset import normalized
 from polyclinic.data.readers import Picture, read_picture, write_nifti_like
 from polyclinic.data.tables import load_table
 from polyclinic.data.transforms import restore_mask, to_array
@@ -130,9 +131,8 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 def _normalised(picture: Picture, study: Study, name: str) -> Tensor:
-    array = torch.tensor(to_array(picture, study.data.image, name))
-    unit = 255.0 if array.dtype == torch.uint8 else 1.0
-    return (array.float() / unit - study.data.image.mean) / study.data.image.std
+    image = study.data.image
+    return normalized(torch.tensor(to_array(picture, image, name)), image.mean, image.std)
 
 
 def _probabilities(model: nn.Module, task: Task, inputs: Tensor) -> list[list[float]]:

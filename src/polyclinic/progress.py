@@ -95,8 +95,7 @@ class TerminalObserver:
 
     def run_finished(self, folder: Path, metrics: Mapping[str, Any]) -> None:
         """Results are written, now or before this run was resumed."""
-        from polyclinic.evaluation.names import metric_label
-        from polyclinic.report.run_page import HEADLINE
+        from polyclinic.evaluation.names import HEADLINE, metric_label
 
         self._done_runs += 1
         for name in ("rounds", "sites"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from polyclinic.errors import RunError
+from polyclinic.files import whole_file
 from polyclinic.study import Study, dump_study, load_study
 
 Json = dict[str, Any]
@@ -24,7 +25,8 @@ class RunFolder:
     """One run's folder.
 
     ``study.yaml``, ``environment.json``, ``splits.csv``, ``rounds.jsonl``, ``state/`` (what a resumed run starts
-    from), and at the end ``models/``, ``predictions/``, ``metrics.json``, ``replicates.safetensors``, ``report.html``.
+    from; gone at the end), and at the end ``models/``, ``predictions/``, ``metrics.json``,
+    ``replicates.safetensors``, ``privacy.json``, ``report.html``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,12 +113,11 @@ class RunFolder:
         """Write a text file as a whole or not at all."""
         path = self.path / name
 
-        def replace() -> None:
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+        def write() -> None:
+            with whole_file(path) as file:
+                file.write(text.encode())
 
-        self.guard(replace)
+        self.guard(write)
 
     def guard(self, write: Callable[[], Result]) -> Result:
         """Call ``write`` and turn a full disk or a read-only folder into an error that says what is safe."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -98,7 +99,8 @@ def load_sites(study: Study, folder: Path, observer: Observer | None = None) -> 
     unheld = class_notes(cases, study.task).get("", [])
     if unheld:
         raise DataError(f"{unheld[0]}. Remove it from task.classes, or check the labels.")
-    cache = Path(study.data.image.cache_folder or folder / "cache")
+    named = study.data.image.cache_folder
+    cache = Path(study.data.root) / named if named else folder / "cache"
     sites = {}
     for name, own in cases.items():
         sites[name] = SiteData.load(
@@ -118,9 +120,7 @@ def load_sites(study: Study, folder: Path, observer: Observer | None = None) -> 
     return sites
 
 
-def run_one(
-    study: Study, sites: Mapping[str, SiteData], folder: RunFolder, observer: Observer | None = None
-) -> Json:
+def run_one(study: Study, sites: Mapping[str, SiteData], folder: RunFolder, observer: Observer | None = None) -> Json:
     """Train and test one method with one seed; go on where the folder's last finished round was.
 
     Args:
@@ -143,6 +143,8 @@ def run_one(
         metrics = folder.guard(run.test)
     if not (folder.path / "report.html").is_file():
         write_report(folder.path)
+    # What a resumed run would have needed: personal models and control variates of every site.
+    shutil.rmtree(folder.path / "state", ignore_errors=True)
     observer.run_finished(folder.path, metrics)
     return metrics
 
@@ -214,7 +216,9 @@ class Run:
 
         hidden = {}
         if method.simulation_only:
-            hidden[POOLED_SITE] = make(POOLED_SITE, SiteData.concat([self.data[n] for n in sorted(self.data)], POOLED_SITE))
+            hidden[POOLED_SITE] = make(
+                POOLED_SITE, SiteData.concat([self.data[n] for n in sorted(self.data)], POOLED_SITE)
+            )
 
         def told(op: str, site: str, reply: Message) -> None:
             loss = reply.scalars.get("loss")

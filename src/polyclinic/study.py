@@ -46,6 +46,9 @@ class TaskSettings(Settings):
         twice = sorted({c for c in classes if classes.count(c) > 1})
         if twice:
             raise ValueError(f"classes are listed twice: {', '.join(twice)}")
+        odd = [c for c in classes if "|" in c or not c.strip()]
+        if odd:
+            raise ValueError(f"class {odd[0]!r} is empty or holds '|', which joins the labels of an image")
         return classes
 
 
@@ -128,7 +131,7 @@ class ImageSettings(Settings):
     size: list[int] = Field([64, 64], min_length=2, max_length=3)
     """Height, width (2D) or depth, height, width (3D), in pixels."""
     channels: Literal[1, 3] = 1
-    """1 grey, 3 colour. A colour image in a grey study is refused unless all its channels are equal."""
+    """1 grey, 3 colour. A colour image in a grey study is refused unless its channels are equal (to 8 of 255)."""
     fit: Literal["pad", "crop", "stretch"] = "pad"
     """How another aspect ratio is met: pad with the darkest value, crop the middle, or stretch."""
     window: WindowSettings | None = None
@@ -140,7 +143,7 @@ class ImageSettings(Settings):
     cache: Literal["memory", "memmap"] = "memory"
     """Decoded images are kept in memory, or in a memory-mapped file below ``cache_folder``."""
     cache_folder: str = ""
-    """Where memory-mapped images lie; empty: ``cache`` in the results folder."""
+    """Where memory-mapped images lie, relative to ``data.root``; empty: ``cache`` in the results folder."""
 
 
 class SplitSettings(Settings):
@@ -223,9 +226,9 @@ class AugmentSettings(Settings):
     flip_vertical: bool = False
     """Mirror top-bottom."""
     rotate_degrees: float = Field(0.0, ge=0, le=180)
-    """Largest rotation either way (2D)."""
+    """Largest rotation either way, within the plane."""
     scale: float = Field(0.0, ge=0, lt=1)
-    """Largest relative change of size (2D)."""
+    """Largest relative change of size, within the plane."""
     intensity: float = Field(0.0, ge=0, lt=1)
     """Largest relative change of contrast and, in units of the range, of brightness."""
 
@@ -399,9 +402,10 @@ def validate_study(raw: Mapping[str, Any], where: str = "study") -> Study:
 
 
 def _check_metric(study: Study) -> None:
-    from polyclinic.evaluation.names import CLASSIFICATION_METRICS
+    from polyclinic.evaluation.names import CLASSIFICATION_METRICS, THRESHOLD_METRICS
 
-    known = ["auto", *(["dice"] if study.task.kind == "segmentation" else CLASSIFICATION_METRICS)]
+    measured = [name for name in CLASSIFICATION_METRICS if name not in THRESHOLD_METRICS]
+    known = ["auto", *(["dice"] if study.task.kind == "segmentation" else measured)]
     if study.evaluation.metric not in known:
         raise StudyError(
             f"evaluation.metric: {study.evaluation.metric!r} is not measured on validation images of a "
@@ -424,9 +428,7 @@ def with_method(study: Study, method: str | Mapping[str, Any], seed: int) -> Stu
     wanted = {"name": method} if isinstance(method, str) else dict(method)
     name = wanted.get("name")
     if not isinstance(name, str):
-        raise StudyError(
-            f"compare.methods: {wanted} has no name. Write {{name: fedprox, strength: 0.1}}, for instance."
-        )
+        raise StudyError(f"compare.methods: {wanted} has no name. Write {{name: fedprox, mu: 0.1}}, for instance.")
     try:
         fields = params_class(name).model_fields
         kept = study.method.model_dump().items()

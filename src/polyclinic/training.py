@@ -88,7 +88,7 @@ def train(
     mean = float(total) / images if images else math.nan
     if images and not math.isfinite(mean):
         raise SiteError(
-            f"site {data.site!r}: the training loss became {mean} within {steps} steps at learning rate {lr:g}. "
+            f"the training loss became {mean} within {steps} steps at learning rate {lr:g}. "
             "Lower training.lr, or set training.clip."
         )
     return TrainingResult(mean, steps, images)

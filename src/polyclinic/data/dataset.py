@@ -157,9 +157,7 @@ class SiteData:
         return result
 
     def _normalized(self, block: Tensor, indices: Tensor) -> Tensor:
-        chosen = block.index_select(0, indices.to(block.device))
-        unit = 255.0 if chosen.dtype == torch.uint8 else 1.0
-        return chosen.to(torch.float32).mul_(1 / (unit * self.std)).sub_(self.mean / self.std)
+        return normalized(block.index_select(0, indices.to(block.device)), self.mean, self.std)
 
     def labels(self, split: str) -> Tensor:
         """Targets of one split, in its order."""
@@ -210,6 +208,12 @@ class SiteData:
                 yield torch.from_numpy(batch)
             if steps is None:
                 return
+
+
+def normalized(pixels: Tensor, mean: float, std: float) -> Tensor:
+    """``(x - mean) / std`` with x in 0..1, float32; uint8 0..255 stands for 0..1."""
+    unit = 255.0 if pixels.dtype == torch.uint8 else 1.0
+    return (pixels * (1 / (unit * std))).sub_(mean / std)
 
 
 def _targets(cases: Sequence[Case], task: TaskSettings) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from polyclinic.errors import DataError, nearest
+from polyclinic.files import whole_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +114,18 @@ def _load_parquet(path: Path) -> Table:
 
 def save_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Write a CSV or, by suffix, a Parquet file of strings; the file appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+    with whole_file(path) as file:
+        if path.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
 
-        values = {name: [row[i] for row in rows] for i, name in enumerate(columns)}
-        schema = pyarrow.schema([(name, pyarrow.string()) for name in columns])
-        pyarrow.parquet.write_table(pyarrow.table(values, schema=schema), part)
-    else:
-        with part.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(rows)
-    part.replace(path)
+            values = {name: [row[i] for row in rows] for i, name in enumerate(columns)}
+            schema = pyarrow.schema([(name, pyarrow.string()) for name in columns])
+            pyarrow.parquet.write_table(pyarrow.table(values, schema=schema), file)
+            return
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+        file.write(text.getvalue().encode())

@@ -21,6 +21,12 @@ SEGMENTATION_METRICS = ("dice", "iou", "hd95")
 AUTO_METRIC = {"multi-class": "balanced_accuracy", "multi-label": "auroc", "segmentation": "dice"}
 """The validation metric that chooses the round where the study says ``auto``, by kind of task."""
 
+HEADLINE = {"multi-class": "auroc", "multi-label": "auroc", "segmentation": "dice"}
+"""The test metric that stands first in reports and on the terminal, by kind of task."""
+
+THRESHOLD_METRICS = ("sensitivity_at_90_specificity", "specificity_reached")
+"""Metrics that need thresholds from other images, so validation images cannot be judged by them."""
+
 METRIC_LABELS = {
     "auroc": "AUROC",
     "auprc": "AUPRC",

@@ -10,20 +10,15 @@ import numpy as np
 
 from polyclinic.errors import RunError
 from polyclinic.evaluation.summary import SiteResult
+from polyclinic.models.weights import save_tensors
 
 
 def write_replicates(path: Path, results: Mapping[str, SiteResult]) -> None:
     """Write float64 ``[B]`` arrays named ``<site>/<metric>``."""
-    from safetensors.numpy import save_file
+    import torch
 
-    save_file(
-        {
-            f"{site}/{metric}": np.ascontiguousarray(v)
-            for site, r in results.items()
-            for metric, v in r.replicates.items()
-        },
-        path,
-    )
+    arrays = {f"{site}/{metric}": v for site, r in results.items() for metric, v in r.replicates.items()}
+    save_tensors(path, {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in arrays.items()})
 
 
 def read_results(run_folder: Path) -> dict[str, SiteResult]:

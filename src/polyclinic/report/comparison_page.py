@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from polyclinic.evaluation.names import lower_is_better, metric_label
+from polyclinic.evaluation.names import HEADLINE, lower_is_better, metric_label
 from polyclinic.report.chapters import chapters
 from polyclinic.report.curves import method_curves, selection_metric
 from polyclinic.report.figures import ACCENT, GRID, INK, MUTED, PAPER, Key, Panel, panel, slug
 from polyclinic.report.folder import Comparison, Json
 from polyclinic.report.pictures import example_cards, side_by_side
-from polyclinic.report.run_page import HEADLINE, facts, headline_rows, method_settings
+from polyclinic.report.run_page import facts, headline_rows, method_settings
 
 
 def comparison_context(comparison: Comparison) -> dict[str, Any]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from polyclinic.evaluation.names import HEADLINE
 from polyclinic.report.chapters import chapters
 from polyclinic.report.curves import site_effort, traffic_panels, traffic_table
 from polyclinic.report.figures import Key
 from polyclinic.report.folder import Json, Run
 from polyclinic.report.pictures import example_cards
-
-HEADLINE = {"multi-class": "auroc", "multi-label": "auroc", "segmentation": "dice"}
 
 
 def run_context(run: Run) -> dict[str, Any]:

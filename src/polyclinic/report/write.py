@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.errors import RunError
+from polyclinic.files import whole_file
 from polyclinic.report.folder import Comparison, Run
 
 
@@ -30,9 +31,8 @@ def write_report(run_folder: Path) -> Path:
         html = render("run.html", run_context(Run.read(run_folder)))
     path = run_folder / "report.html"
     try:
-        temporary = path.with_name(".report.html.tmp")
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as file:
+            file.write(html.encode())
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
     return path
