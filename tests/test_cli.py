@@ -283,3 +283,11 @@ def test_interrupted(tiny_file: File, tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert errors.strip().endswith(f"Finished rounds are safe: go on with polyclinic run --resume {folder}")
     assert "Traceback" not in errors
+
+
+def test_an_importers_options(polyclinic_says: Callable[..., Said], tmp_path: Path) -> None:
+    code, said, _ = polyclinic_says("data", "import", "--list")
+    assert code == 0
+    assert "pad-ufes-20" in said
+    unknown = polyclinic_says("data", "import", "fed-isic2019", tmp_path, "--out", tmp_path, "--set", "x=1")
+    refused(unknown, "has no option 'x'. It has: folds, partial")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -286,13 +287,15 @@ def phantom_kinds() -> list[str]:
 
 
 def importers() -> dict[str, str]:
-    """The public data sets that ``import_data`` knows, with the first line of their documentation."""
-    from importlib import import_module
+    """The public data sets that ``import_data`` knows: the first line of their documentation, and their options."""
+    from polyclinic.data.importers import IMPORTERS, find_importer, importer_options
 
-    from polyclinic.data.importers import IMPORTERS
-
-    documents = {name: import_module(where.partition(":")[0]).__doc__ or "" for name, where in IMPORTERS.items()}
-    return {name: text.strip().splitlines()[0] for name, text in documents.items()}
+    found = {}
+    for name in IMPORTERS:
+        document = sys.modules[find_importer(name).__module__].__doc__ or ""
+        options = ", ".join(importer_options(name))
+        found[name] = document.strip().splitlines()[0] + (f" Options: {options}." if options else "")
+    return found
 
 
 def import_data(name: str, folder: Path, out: Path, **options: Any) -> list[Path]:

@@ -263,18 +263,26 @@ def data_import(
     name: Annotated[str, typer.Argument(help="A public data set; --list names them.")] = "",
     folder: Annotated[Path | None, typer.Argument(help="Where its files lie.")] = None,
     out_: Annotated[Path | None, typer.Option("--out", help="Folder for the manifests.")] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List the data sets.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the importer: --set partial=true"),
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the data sets and their options.")] = False,
 ) -> None:
     """Make manifests for a public data set that you have downloaded."""
     from polyclinic.errors import StudyError
+    from polyclinic.yaml_settings import override
 
     if list_:
         for known, what in api.importers().items():
-            out.print(f"[bold]{known}[/bold]  {escape(what)}")
+            out.print(f"[bold]{known}[/bold]  {escape(what)}", soft_wrap=True)
         return
     if not name or folder is None or out_ is None:
         raise StudyError("give a data set, its folder and --out FOLDER; --list names the data sets.")
-    for path in api.import_data(name, folder, out_):
+    options: dict[str, Any] = {}
+    for text in set_ or []:
+        override(options, text)
+    for path in api.import_data(name, folder, out_, **options):
         _say(f"manifest: {path}")
 
 

@@ -15,14 +15,19 @@ from collections.abc import Iterable
 MOST_NAMES = 12
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence to end an error message with: ``Did you mean 'x'?``, or else the first known names."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` with the nearest of the known names, or nothing where none is near."""
     names = {candidate.lower().replace("_", "-"): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower().replace("_", "-"), names, n=1)
-    if close:
-        return f"Did you mean {names[close[0]]!r}?"
+    return f" Did you mean {names[close[0]]!r}?" if close else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence to end an error message with: ``Did you mean 'x'?``, or else the first known names."""
+    names = list(known)
     more = ", ..." if len(names) > MOST_NAMES else ""
-    return f"Known: {', '.join(list(names.values())[:MOST_NAMES])}{more}." if names else "None are known."
+    listed = f"Known: {', '.join(names[:MOST_NAMES])}{more}." if names else "None are known."
+    return did_you_mean(name, names).lstrip() or listed
 
 
 class PolyclinicError(Exception):

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from polyclinic.data.names import check_reference, check_site_name
 from polyclinic.data.tables import Table, load_table, save_table
-from polyclinic.errors import DataError, nearest
+from polyclinic.errors import DataError, did_you_mean
 from polyclinic.seeds import generator
 from polyclinic.study import Columns, DataSettings, TableSettings, TaskSettings
 
@@ -175,8 +175,8 @@ def _checked_label(case: Case, table: TableSettings, task: TaskSettings) -> Case
         unknown = next((name for name in names if name not in table.labels), None)
         if unknown is not None:
             raise DataError(
-                f"{case.where}: 'labels' of the table does not translate {unknown!r}. {nearest(unknown, table.labels)} "
-                f"It has: {', '.join(table.labels)}. Add the value, or leave its rows out with 'where'."
+                f"{case.where}: 'labels' of the table does not translate {unknown!r}."
+                f"{did_you_mean(unknown, table.labels)} It has: {', '.join(table.labels)}. Add the value, or leave its rows out with 'where'."
             )
         names = [name for name in dict.fromkeys(table.labels[name] for name in names) if name]
     return replace(case, label="|".join(names))
@@ -200,7 +200,7 @@ def _check_case(case: Case, task: TaskSettings) -> None:
     for name in names:
         if name not in task.classes:
             raise DataError(
-                f"{case.where}: label {name!r} is not a class of the study. {nearest(name, task.classes)} "
+                f"{case.where}: label {name!r} is not a class of the study.{did_you_mean(name, task.classes)} "
                 f"The classes are: {', '.join(task.classes)}. Translate it with 'labels' of the table."
             )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from polyclinic.errors import DataError, nearest
+from polyclinic.errors import DataError, did_you_mean
 from polyclinic.files import whole_file
 
 
@@ -38,7 +38,7 @@ class Table:
         if name in self.columns:
             return self.columns.index(name)
         raise DataError(
-            f"{self.path.name} has no column '{name}' ({purpose}). {nearest(name, self.columns)} "
+            f"{self.path.name} has no column '{name}' ({purpose}).{did_you_mean(name, self.columns)} "
             f"Its columns are: {', '.join(self.columns)}."
         )
 

@@ -25,6 +25,24 @@ IMPORTERS: dict[str, str] = {
 """``module:function`` of each importer."""
 
 
+def find_importer(name: str) -> Callable[..., list[Path]]:
+    """The importer's function.
+
+    Raises:
+        StudyError: There is none of that name.
+    """
+    if name not in IMPORTERS:
+        raise StudyError(f"there is no importer {name!r}. {nearest(name, IMPORTERS)}")
+    module, _, function = IMPORTERS[name].partition(":")
+    importer: Callable[..., list[Path]] = getattr(import_module(module), function)
+    return importer
+
+
+def importer_options(name: str) -> list[str]:
+    """Names of the options that an importer takes, beside the folder and the place for the manifests."""
+    return list(inspect.signature(find_importer(name)).parameters)[2:]
+
+
 def run_importer(name: str, folder: Path, out: Path, **options: Any) -> list[Path]:
     """Write the manifests of one public data set.
 
@@ -42,11 +60,7 @@ def run_importer(name: str, folder: Path, out: Path, **options: Any) -> list[Pat
         StudyError: No such importer or option.
         DataError: Files are missing or do not fit together; the message tells the expected layout.
     """
-    if name not in IMPORTERS:
-        raise StudyError(f"there is no importer {name!r}. {nearest(name, IMPORTERS)}")
-    module, _, function = IMPORTERS[name].partition(":")
-    importer: Callable[..., list[Path]] = getattr(import_module(module), function)
-    known = list(inspect.signature(importer).parameters)[2:]
+    importer, known = find_importer(name), importer_options(name)
     for option in options:
         if option not in known:
             raise StudyError(f"importer {name!r} has no option {option!r}. It has: {', '.join(known) or 'none'}.")

@@ -21,7 +21,7 @@ import numpy as np
 
 from polyclinic.data.importers.release import write_sites
 from polyclinic.data.manifest import Case
-from polyclinic.errors import DataError, nearest
+from polyclinic.errors import DataError, did_you_mean
 
 _ORGANS = ("bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left",
            "lung-right", "pancreas", "spleen")  # fmt: skip
@@ -74,7 +74,7 @@ def import_medmnist(folder: Path, out: Path, *, which: str = "", download: bool 
     path = folder if folder.suffix == ".npz" else _chosen(folder, which, download)
     flag = path.stem.partition("_")[0]
     if flag not in CLASSES:
-        raise DataError(f"{path} is no set of MedMNIST. {nearest(flag, CLASSES)} Known: {', '.join(CLASSES)}.")
+        raise DataError(f"{path} is no set of MedMNIST.{did_you_mean(flag, CLASSES)} Known: {', '.join(CLASSES)}.")
     return write_sites(_cases(path, flag), out)
 
 
@@ -83,8 +83,8 @@ def _chosen(folder: Path, name: str, download: bool) -> Path:
         flag, _, size = name.partition("_")
         if flag not in CLASSES or (f"_{size}" if size else "") not in _SIZES:
             raise DataError(
-                f"MedMNIST has no set {name!r}. {nearest(flag, CLASSES)} Known: {', '.join(CLASSES)}, each also with "
-                "_64, and in 2D with _128 and _224."
+                f"MedMNIST has no set {name!r}.{did_you_mean(flag, CLASSES)} Known: {', '.join(CLASSES)}, each also "
+                "with _64, and in 2D with _128 and _224."
             )
         path = folder / f"{name}.npz"
         if not path.exists() and download:
