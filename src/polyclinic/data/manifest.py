@@ -176,7 +176,8 @@ def _checked_label(case: Case, table: TableSettings, task: TaskSettings) -> Case
         if unknown is not None:
             raise DataError(
                 f"{case.where}: 'labels' of the table does not translate {unknown!r}."
-                f"{did_you_mean(unknown, table.labels)} It has: {', '.join(table.labels)}. Add the value, or leave its rows out with 'where'."
+                f"{did_you_mean(unknown, table.labels)} It has: {', '.join(table.labels)}. "
+                "Add the value, or leave its rows out with 'where'."
             )
         names = [name for name in dict.fromkeys(table.labels[name] for name in names) if name]
     return replace(case, label="|".join(names))
