@@ -86,6 +86,9 @@ class TableSettings(Settings):
     labels: dict[str, str] = {}
     """Translates the table's labels to the study's classes, as ``{table: study}``; each label of the table must then
     appear. Empty: taken as they are."""
+    classes: list[str] = []
+    """The site's own list of classes, where its labels or masks hold numbers: number k means the k-th, from 0. It must
+    be the study's list in the study's order."""
     where: dict[str, list[str]] = {}
     """Keeps only the rows whose column holds one of the values, as ``{column: [value, ...]}``."""
     limit: int | None = Field(None, ge=1)

@@ -166,3 +166,32 @@ def test_one_class_site_is_a_note() -> None:
     notes = class_notes({"north": north}, TASK)
     assert notes["north"] == ["all 1 images are 'normal': this site has one class only"]
     assert notes[""] == ["no site has an image of pneumonia"]
+
+
+def test_numbers_stand_for_the_sites_own_classes(tmp_path: Path) -> None:
+    settings = table(tmp_path, "a.png,1,p1,north,,", "b.png,0,p2,north,,", "c.png,normal,p3,north,,")
+    ordered = settings.model_copy(update={"classes": ["normal", "pneumonia"]})
+    assert [case.label for case in read_table(ordered, tmp_path, TASK)] == ["pneumonia", "normal", "normal"]
+    with pytest.raises(DataError, match="row 2: label '1' is not a class"):
+        read_table(settings, tmp_path, TASK)
+    wrong = table(tmp_path, "a.png,2,p1,north,,").model_copy(update={"classes": ["normal", "pneumonia"]})
+    with pytest.raises(DataError, match="row 2: label 2 is none of the numbers 0 to 1 of normal, pneumonia"):
+        read_table(wrong, tmp_path, TASK)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (
+            ["pneumonia", "normal"],
+            "south: its classes are pneumonia, normal; the study has the same classes in another",
+        ),
+        (["normal", "covid"], "south: its classes are normal, covid; the study has other classes: normal, pneumonia"),
+    ],
+)
+def test_sites_must_agree_on_the_order_of_classes(classes: list[str], message: str, tmp_path: Path) -> None:
+    table(tmp_path, *rows(6))
+    north = TableSettings(path="cases.csv", limit=None, classes=["normal", "pneumonia"])
+    south = TableSettings(path="cases.csv", limit=None, site="south", classes=classes)
+    with pytest.raises(DataError, match=message):
+        collect(DataSettings(tables=[north, south]), TASK, tmp_path)

@@ -80,6 +80,7 @@ def read_table(
     Raises:
         DataError: Names the table, the row, the field, the value and the remedy.
     """
+    _check_class_order(table, task)
     path = root / table.path
     source = _source(table, root)
     rows = load_table(path)
@@ -94,6 +95,19 @@ def read_table(
         _check_case(case, task)
     _check_duplicates(cases)
     return cases if table.limit is None else _limited(cases, table.limit, seed)
+
+
+def _check_class_order(table: TableSettings, task: TaskSettings) -> None:
+    """A number in a label or a mask must mean the same class at every site."""
+    if not table.classes or table.classes == task.classes:
+        return
+    ours, theirs = ", ".join(task.classes), ", ".join(table.classes)
+    what = "the same classes in another order" if sorted(table.classes) == sorted(task.classes) else "other classes"
+    raise DataError(
+        f"{table.site or table.path}: its classes are {theirs}; the study has {what}: {ours}. Sites must agree on the "
+        "order, because numbers in labels and masks and the outputs of the network follow it. Renumber the site's data, "
+        "or give its labels as names and leave 'classes' out."
+    )
 
 
 def _source(table: TableSettings, root: Path) -> Path:
@@ -171,6 +185,8 @@ def _checked_label(case: Case, table: TableSettings, task: TaskSettings) -> Case
     names = [name.strip() for name in case.label.split("|") if name.strip()]
     if task.kind == "multi-class":
         names = [case.label] if case.label else []
+    if table.classes:
+        names = [_class_of(name, table.classes, case) for name in names]
     if table.labels:
         unknown = next((name for name in names if name not in table.labels), None)
         if unknown is not None:
@@ -181,6 +197,17 @@ def _checked_label(case: Case, table: TableSettings, task: TaskSettings) -> Case
             )
         names = [name for name in dict.fromkeys(table.labels[name] for name in names) if name]
     return replace(case, label="|".join(names))
+
+
+def _class_of(text: str, classes: Sequence[str], case: Case) -> str:
+    """The class that a number stands for; a name stands for itself."""
+    if not text.isdecimal():
+        return text
+    if int(text) >= len(classes):
+        raise DataError(
+            f"{case.where}: label {text} is none of the numbers 0 to {len(classes) - 1} of {', '.join(classes)}."
+        )
+    return classes[int(text)]
 
 
 def _check_case(case: Case, task: TaskSettings) -> None:
