@@ -105,7 +105,7 @@ def _check_class_order(table: TableSettings, task: TaskSettings) -> None:
     what = "the same classes in another order" if sorted(table.classes) == sorted(task.classes) else "other classes"
     raise DataError(
         f"{table.site or table.path}: its classes are {theirs}; the study has {what}: {ours}. Sites must agree on the "
-        "order, because numbers in labels and masks and the outputs of the network follow it. Renumber the site's data, "
+        "order, because numbers in labels and masks and the outputs of the network follow it. Renumber its data, "
         "or give its labels as names and leave 'classes' out."
     )
 
