@@ -73,9 +73,11 @@ def tables(metrics: Mapping[str, Any]) -> list[Table]:
             ]
             for method, table in metrics["table"].items()
         ]
-        notes = next(iter(metrics["table"].values()))["notes"]
         title = metric_label(metric)
-        made.append(Table(title, ["method", "mean over sites", "worst site", *sites], rows, " ".join(notes)))
+        notes = [n for n in next(iter(metrics["table"].values()))["notes"] if n.startswith(f"{title} ")]
+        made.append(
+            Table(title, ["method", "mean over sites", "worst site", *sites], rows, "".join(f"{n}." for n in notes))
+        )
         found = {(row["method"], row["where"]): row for row in metrics["differences"] if row["metric"] == metric}
         paired = [
             [method, *(_cell(found[method, where], "+") for where in ("mean", "worst"))]
