@@ -65,7 +65,7 @@ def main() -> None:
 
 @app.command()
 def demo(set_: Set = None, seed: Seed = None, out: Out = None, resume: Resume = None, device: Device = None) -> None:
-    """Run the bundled study: four made-up hospitals, five methods, one report. Under two minutes on two cores."""
+    """Run the bundled study: four made-up hospitals, six methods, one report. Under two minutes on two cores."""
     study = api.demo_study(_overrides(set_, seed, device))
     _run(study, out, resume)
 
