@@ -73,7 +73,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def timeless(value: Any) -> Any:
     """Without seconds and memory, which no two runs share."""
     if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "peak_rss_mb")}
+        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "process_peak_rss_mb")}
     return [timeless(item) for item in value] if isinstance(value, list) else value
 
 

@@ -100,7 +100,7 @@ def test_balanced_drawing_sees_classes_equally_often() -> None:
 def test_a_loss_that_explodes_is_an_error_that_says_what_to_try() -> None:
     model = start()
     torch.nn.init.constant_(model[1].weight, 1e38)
-    with pytest.raises(SiteError, match=r"training loss became.*training.lr"):
+    with pytest.raises(SiteError, match=r"training diverged.*training.lr"):
         fit(model, lr=1e3, epochs=5, batch_size=100)
 
 

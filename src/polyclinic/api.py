@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -70,6 +71,8 @@ def run(
         run_comparison(study, sites, folder, observer)
     else:
         run_one(study, sites, folder, observer)
+    # Memory-mapped images are of no use when all is done, and a results folder may be shared.
+    shutil.rmtree(folder.path / "cache", ignore_errors=True)
     return folder.path
 
 

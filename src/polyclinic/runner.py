@@ -17,7 +17,7 @@ from torch import nn
 
 from polyclinic.data.dataset import SiteData
 from polyclinic.data.manifest import class_notes, collect
-from polyclinic.data.split import write_splits
+from polyclinic.data.split import check_splits, write_splits
 from polyclinic.errors import DataError, StudyError
 from polyclinic.evaluation.ops import choose, evaluation_ops, report_test, validate
 from polyclinic.evaluation.results import write_replicates
@@ -136,6 +136,7 @@ def run_one(study: Study, sites: Mapping[str, SiteData], folder: RunFolder, obse
 
     observer = observer or Silent()
     if folder.finished:
+        check_splits({name: data.cases for name, data in sites.items()}, folder.path / "splits.csv")
         metrics: Json = json.loads((folder.path / "metrics.json").read_text(encoding="utf-8"))
     else:
         run = Run(study, sites, folder, observer)
@@ -159,12 +160,14 @@ class Run:
         self.bench = Workbench(lambda: start_model(study), study.device)
         self.losses: dict[str, float] = {}
         self.channel = self._local_channel()
+        cases = {name: data.cases for name, data in sites.items()}
         if folder.checkpoint.is_file():
+            check_splits(cases, folder.path / "splits.csv")
             self.state = ServerState.load(folder.checkpoint, self.bench.device)
         else:
             names = self.method.shared(self.bench.model)
             self.state = ServerState({"model": snapshot(shared_tensors(self.bench.model, names))})
-            folder.guard(lambda: write_splits({n: d.cases for n, d in sites.items()}, folder.path / "splits.csv"))
+            folder.guard(lambda: write_splits(cases, folder.path / "splits.csv"))
         folder.guard(lambda: folder.checkpoint.parent.mkdir(exist_ok=True))
         self.records = folder.rounds(upto=self.state.finished)
 
@@ -198,7 +201,7 @@ class Run:
         results = report_test(self.method, self.channel, self.state)
         path = self.folder.path
         if not self.method.personal:
-            (path / "models").mkdir(exist_ok=True)
+            self.folder.guard(lambda: (path / "models").mkdir(exist_ok=True))
             save_tensors(path / "models" / "global.safetensors", self.state.groups["chosen"])
         self.folder.guard(lambda: write_replicates(path / "replicates.safetensors", results))
         self.folder.write("privacy.json", json.dumps(_what_leaves(self.method), indent=2))
@@ -280,7 +283,7 @@ class Run:
             "notes": [*(f"{s} could not be tested: {why}" for s, why in self.channel.absent.items()), *table["notes"]],
             "bytes": ops,
             "seconds": {"rounds": sum(r["seconds"] for r in records)},
-            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "process_peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
 
 
@@ -322,6 +325,7 @@ def _what_leaves(method: Method) -> Json:
     """Per op, everything that may leave a site, as declared and enforced."""
     ops = {**method.ops(), **evaluation_ops(method)}
     return {
+        "simulation": "every training image leaves its site" if method.simulation_only else "",
         "aggregation": method.study.aggregation.backend,
         "leaves": {op: [asdict(leaf) for leaf in entry.leaves] for op, entry in ops.items()},
     }

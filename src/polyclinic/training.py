@@ -86,9 +86,10 @@ def train(
             steps, images = steps + 1, images + len(inputs)
     optimizer.zero_grad(set_to_none=True)
     mean = float(total) / images if images else math.nan
-    if images and not math.isfinite(mean):
+    finite = math.isfinite(mean) and bool(torch.stack(torch._foreach_norm(parameters)).isfinite().all())
+    if images and not finite:
         raise SiteError(
-            f"the training loss became {mean} within {steps} steps at learning rate {lr:g}. "
+            f"training diverged (loss {mean}) within {steps} steps at learning rate {lr:g}. "
             "Lower training.lr, or set training.clip."
         )
     return TrainingResult(mean, steps, images)

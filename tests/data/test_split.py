@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyclinic.data.manifest import Case
-from polyclinic.data.split import check_split, patient_groups, split_cases, write_splits
+from polyclinic.data.split import check_split, check_splits, patient_groups, split_cases, write_splits
 from polyclinic.errors import DataError
 from polyclinic.study import SplitSettings
 
@@ -117,3 +117,14 @@ def test_write_splits(tmp_path: Path) -> None:
         rows = list(csv.DictReader(stream))
     assert [row["patient"] for row in rows] == ["nv0", "nv1", "nv2"]
     assert {row["split"] for row in rows} == {"train", "val", "test"}
+
+
+def test_other_data_than_the_run_was_started_with_are_refused(tmp_path: Path) -> None:
+    cases = [Case(f"{i}.png", f"p{i}", "north", split="train" if i else "test", source="/s") for i in range(4)]
+    write_splits({"north": cases}, tmp_path / "splits.csv")
+    check_splits({"north": cases}, tmp_path / "splits.csv")
+    moved = [replace(case, split="test") if case.patient == "p2" else case for case in cases]
+    with pytest.raises(DataError, match=r"1 images differ \(first: 's:2.png' of site 'north': train, now test\)"):
+        check_splits({"north": moved}, tmp_path / "splits.csv")
+    with pytest.raises(DataError, match=r"1 images differ .*'s:3.png'.*train, now absent"):
+        check_splits({"north": cases[:3]}, tmp_path / "splits.csv")

@@ -19,6 +19,7 @@ from polyclinic.evaluation import (
     read_results,
     site_result,
     summarise,
+    summary,
     table,
     write_replicates,
 )
@@ -147,8 +148,12 @@ def test_worst_replicate_is_the_worst_site_of_that_replicate() -> None:
     up, down = made(0.8, spread=0.1), made(0.8, spread=0.1)
     down.replicates["auroc"][:] = down.replicates["auroc"][::-1]
     found = summarise({"a": up, "b": down}, confidence=0.9)["worst"]["auroc"]
-    assert found["high"] <= 0.8
-    assert found["low"] == pytest.approx(0.705, abs=0.002)
+    # Replicates of the two mirror each other: their minimum spreads half as wide as either, shifted to the value.
+    alone = summarise({"a": up}, confidence=0.9)["worst"]["auroc"]
+    assert found["value"] == pytest.approx(0.8)
+    assert found["low"] < 0.8 < found["high"]
+    assert found["high"] - found["low"] == pytest.approx((alone["high"] - alone["low"]) / 2, rel=0.1)
+    assert found["low"] == pytest.approx(0.8 - 0.095 + 0.05, abs=0.002)
 
 
 def test_differences_are_paired_by_patient() -> None:
@@ -190,7 +195,7 @@ def test_differences_leave_out_a_site_for_both_methods() -> None:
 def test_table_of_seeds_averages() -> None:
     found = table({0: {"a": made(0.7), "b": made(0.5)}, 1: {"a": made(0.3), "b": made(0.6)}})
     assert found["sites"]["a"]["auroc"]["value"] == pytest.approx(0.5)
-    assert found["worst"]["auroc"]["value"] == pytest.approx(0.4)  # mean over seeds of each seed's worst
+    assert found["worst"]["auroc"]["value"] == pytest.approx(0.5)  # of the sites' means over seeds, 0.5 and 0.55
     assert found["mean"]["auroc"]["value"] == pytest.approx(0.525)
 
 
@@ -232,3 +237,21 @@ def test_interval_of_the_calibration_error_is_around_its_value() -> None:
     cell = summarise({"north": result})["sites"]["north"]["ece"]
     assert 0 <= cell["low"] < cell["value"] < cell["high"]
     assert result.replicates["ece"].mean() == pytest.approx(result.metrics["ece"], abs=1e-3)
+
+
+def test_the_worst_site_and_its_value_agree_over_seeds() -> None:
+    """Seeds disagree on which site is worst: the named site is the one with the lowest mean over seeds."""
+    runs = {0: {"a": made(0.6), "b": made(0.9)}, 1: {"a": made(0.9), "b": made(0.62)}}
+    found = table(runs)
+    assert found["worst"]["auroc"]["site"] == "a"
+    assert found["worst"]["auroc"]["value"] == pytest.approx(0.75)
+    assert found["sites"]["a"]["auroc"]["value"] == pytest.approx(0.75)
+
+
+def test_three_seeds_show_the_whole_variance_between_them() -> None:
+    """The mean of S drawn of S seeds would show (S - 1) / S of it: var of the mean is s^2 / S with s^2 over S - 1."""
+    values = [0.5, 0.7, 0.9]
+    runs = {seed: {"a": made(value, replicates=4000)} for seed, value in enumerate(values)}
+    value, replicates = summary._at(runs, "auroc", "a", summary._seed_draws(3, 4000))
+    assert value == pytest.approx(0.7)
+    assert float(np.std(replicates)) == pytest.approx(np.std(values, ddof=1) / np.sqrt(3), rel=0.05)

@@ -176,7 +176,7 @@ def _metrics(study: dict[str, Any], results: dict[str, Any], records: list[dict[
         "notes": summary["notes"],
         "bytes": {"train": {"up": 1, "down": 1}, "test": {"up": 30_000, "down": 448_000}},
         "seconds": {"rounds": 19.2},
-        "peak_rss_mb": 512,
+        "process_peak_rss_mb": 512,
     }
 
 

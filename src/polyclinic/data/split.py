@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from polyclinic.data.manifest import SPLITS, Case
-from polyclinic.data.tables import save_table
+from polyclinic.data.tables import load_table, save_table
 from polyclinic.errors import DataError
 from polyclinic.seeds import generator
 from polyclinic.study import SplitSettings
@@ -156,6 +156,25 @@ def check_split(cases: Sequence[Case], settings: SplitSettings | None = None) ->
 
 def _place(case: Case) -> str:
     return f"{case.where} (site '{case.site}')" if case.where else case.image_id
+
+
+def check_splits(sites: Mapping[str, Iterable[Case]], path: Path) -> None:
+    """Refuse to go on with other images, patients or splits than those that ``write_splits`` wrote.
+
+    Raises:
+        DataError: Names the first image that differs.
+    """
+    before = {(row[0], row[1]): (row[2], row[3]) for _, row in load_table(path).rows}
+    now = {(site, case.image_id): (case.patient, case.split) for site, cases in sites.items() for case in cases}
+    changed = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
+    if changed:
+        site, image = changed[0]
+        was, is_ = (found.get(changed[0], ("absent", "absent"))[1] for found in (before, now))
+        raise DataError(
+            f"{path}: the data are not those that this run was started with: {len(changed)} images differ (first: "
+            f"{image!r} of site {site!r}: {was}, now {is_}). A patient trained on could be tested on. Restore the "
+            "data, or start anew with another --out."
+        )
 
 
 def write_splits(sites: Mapping[str, Iterable[Case]], path: Path) -> None:

@@ -6,7 +6,7 @@ bootstrap, and intervals of means, worst sites and differences are made from tho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +88,7 @@ def summarise(site_results: Mapping[str, SiteResult], confidence: float = 0.95) 
     """The table of one run, ready for JSON (None stands for undefined).
 
     The mean and the worst site are over the sites where the metric is defined. Replicate b of the mean is the mean of
-    the sites' replicates b, and of the worst site the worst of them.
+    the sites' replicates b, and of the worst site the worst of them, shifted to the value.
 
     Returns:
         ``sites``: ``{site: {metric: {value, low, high, n}}}``; ``mean``: ``{metric: {value, low, high}}``;
@@ -113,10 +113,10 @@ def table(runs: Runs, confidence: float = 0.95) -> dict[str, Any]:
         if left_out and sites:
             result["notes"].append(left_out_note(metric, left_out))
         for site in first:
-            cell = _cell(*_over_seeds(runs, metric, _at(site), drawn), confidence)
+            cell = _cell(*_place(runs, metric, site, sites, drawn), confidence)
             result["sites"][site][metric] = cell | {"n": first[site].images}
-        for where, pick in (("mean", _mean_of(sites)), ("worst", _worst_of(sites, metric))):
-            result[where][metric] = _cell(*_over_seeds(runs, metric, pick, drawn), confidence)
+        for where in ("mean", "worst"):
+            result[where][metric] = _cell(*_place(runs, metric, where, sites, drawn), confidence)
         values = {site: np.mean([run[site].metrics[metric] for run in runs.values()]) for site in sites}
         extreme = max if lower_is_better(metric) else min
         result["worst"][metric]["site"] = extreme(values, key=lambda site: values[site]) if values else None
@@ -165,47 +165,47 @@ def _pair_rows(ours: Runs, theirs: Runs, confidence: float) -> list[dict[str, An
     for metric in _metrics([ours, theirs]):
         sites = _defined_sites([ours, theirs], metric)
         left_out = [site for site in places if site not in sites]
-        picks = {"mean": _mean_of(sites), "worst": _worst_of(sites, metric)} | {site: _at(site) for site in places}
-        for where, pick in picks.items():
-            value, replicates = _over_seeds(ours, metric, pick, drawn)
-            other, other_replicates = _over_seeds(theirs, metric, pick, drawn)
+        for where in ("mean", "worst", *places):
+            value, replicates = _place(ours, metric, where, sites, drawn)
+            other, other_replicates = _place(theirs, metric, where, sites, drawn)
             cell = _cell(value - other, replicates - other_replicates, confidence)
             note = left_out_note(metric, left_out) if left_out and where in ("mean", "worst") else ""
             rows.append({"where": where, "metric": metric} | cell | {"seeds": len(ours), "note": note})
     return rows
 
 
-Pick = Callable[[Mapping[str, SiteResult], str], tuple[float, np.ndarray]]
+def _place(runs: Runs, metric: str, where: str, sites: Sequence[str], drawn: np.ndarray) -> tuple[float, np.ndarray]:
+    """Value and replicates of a site, or of the ``mean`` or the ``worst`` of ``sites``, over seeds.
 
-
-def _at(site: str) -> Pick:
-    return lambda run, metric: (run[site].metrics[metric], run[site].replicates[metric])
-
-
-def _mean_of(sites: Sequence[str]) -> Pick:
-    return lambda run, metric: _combine(run, metric, sites, np.mean)
-
-
-def _worst_of(sites: Sequence[str], metric: str) -> Pick:
-    return lambda run, metric: _combine(run, metric, sites, np.max if lower_is_better(metric) else np.min)
-
-
-def _combine(
-    run: Mapping[str, SiteResult], metric: str, sites: Sequence[str], how: Callable[..., Any]
-) -> tuple[float, np.ndarray]:
+    The worst is the worst of the sites' means over seeds. A minimum over noisy sites lies below the smallest of them on
+    average, so its replicates are shifted to have the value as their mean.
+    """
+    if where not in ("mean", "worst"):
+        return _at(runs, metric, where, drawn)
     if not sites:
-        count = len(next(iter(run.values())).replicates[metric])
-        return float("nan"), np.full(count, np.nan)
-    values = how([run[site].metrics[metric] for site in sites])
-    return float(values), np.asarray(how(np.stack([run[site].replicates[metric] for site in sites]), axis=0))
+        return float("nan"), np.full(len(drawn), np.nan)
+    parts = [_at(runs, metric, site, drawn) for site in sites]
+    values, replicates = [value for value, _ in parts], np.stack([part for _, part in parts])
+    if where == "mean":
+        return float(np.mean(values)), replicates.mean(axis=0)
+    if lower_is_better(metric):
+        return max(values), _centered(replicates.max(axis=0), max(values))
+    return min(values), np.minimum(_centered(replicates.min(axis=0), min(values)), 1.0)
 
 
-def _over_seeds(runs: Runs, metric: str, pick: Pick, drawn: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean over seeds, and per replicate the mean over the seeds it drew (``drawn``: counts ``[B, S]``)."""
-    picked = [pick(run, metric) for run in runs.values()]
-    values = np.stack([replicates[: len(drawn)] for _, replicates in picked], axis=1)
-    with_drawn = np.where(drawn > 0, values * drawn, 0.0)
-    return float(np.mean([value for value, _ in picked])), with_drawn.sum(axis=1) / drawn.sum(axis=1)
+def _at(runs: Runs, metric: str, site: str, drawn: np.ndarray) -> tuple[float, np.ndarray]:
+    """Mean over seeds at one site, and per replicate the mean over the seeds it drew (``drawn``: counts ``[B, S]``).
+
+    Drawing S of S seeds shows (S - 1) / S of the variance between seeds; deviations are widened by its root.
+    """
+    seeds = len(runs)
+    values = np.stack([run[site].replicates[metric][: len(drawn)] for run in runs.values()], axis=1)
+    value = float(np.mean([run[site].metrics[metric] for run in runs.values()]))
+    if seeds == 1:
+        return value, values[:, 0]
+    center = values.mean(axis=1)
+    deviation = (values * drawn).sum(axis=1) / drawn.sum(axis=1) - center
+    return value, center + deviation * np.sqrt(seeds / (seeds - 1))
 
 
 def _seed_draws(seeds: int, replicates: int) -> np.ndarray:
