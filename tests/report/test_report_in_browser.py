@@ -73,7 +73,7 @@ def brightness(color: str) -> float:
     return sum(float(part) for part in re.findall(r"[\d.]+", color)[:3]) / 3
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (400, False), (400, True)])
 @pytest.mark.parametrize("kind", ["multi-class", "multi-label", "segmentation", "comparison", "compared segmentation"])
 def test_report_opens_without_error_or_overflow(
     pages: dict[str, str], tmp_path: Path, kind: str, width: int, dark: bool
