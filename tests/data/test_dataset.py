@@ -46,8 +46,8 @@ def test_load_fills_images_targets_and_splits(tmp_path: Path) -> None:
     assert data.labels("test").tolist() == [1] * 5
     assert data.patients("test") == ["p3", "p7", "p11", "p15", "p19"]
     assert seen == [(k, 20) for k in range(1, 21)]
-    assert (data.channels, data.spatial, len(data)) == (1, (4, 4), 20)
-    assert [b.tolist() for b in data.batches("val", 2)] == [[2, 6], [10, 14], [18]]
+    assert (tuple(data.images.shape[1:]), len(data)) == ((1, 4, 4), 20)
+    assert data.splits["val"].tolist() == [2, 6, 10, 14, 18]
 
 
 def test_inputs_are_normalized(tmp_path: Path) -> None:
@@ -211,4 +211,4 @@ def test_kermany_counts_as_grey(real_data: Path) -> None:
     with zipfile.ZipFile(source) as packed:
         names = packed.namelist()[::40]
     cases = [Case(n, n, "s", label="a", source=str(source)) for n in names if n.endswith("jpeg")]
-    assert SiteData.load("s", cases, TASK, ImageSettings(size=[32, 32])).channels == 1
+    assert SiteData.load("s", cases, TASK, ImageSettings(size=[32, 32])).images.shape[1] == 1

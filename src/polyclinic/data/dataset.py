@@ -123,22 +123,6 @@ class SiteData:
             return torch.cat(self._blocks)
         return torch.cat([b.float() / 255 if b.dtype == torch.uint8 else b for b in self._blocks])
 
-    @property
-    def channels(self) -> int:
-        """Channels of an image."""
-        return int(self._blocks[0].shape[1])
-
-    @property
-    def spatial(self) -> tuple[int, ...]:
-        """Height and width, or depth, height and width."""
-        return tuple(self._blocks[0].shape[2:])
-
-    def to(self, device: torch.device | str) -> SiteData:
-        """The same data with images and targets on a device; ``inputs`` then comes from there."""
-        blocks = [block.to(device) for block in self._blocks]
-        targets = self.targets.to(device)
-        return SiteData(self.site, self.cases, blocks, targets, self.splits, mean=self.mean, std=self.std)
-
     def inputs(self, indices: Tensor) -> Tensor:
         """Normalised images ``(x - mean) / std`` with x in 0..1, float32 ``(B, C, *spatial)``.
 
@@ -168,12 +152,6 @@ class SiteData:
         chosen = [self.cases[i] for i in self.splits[split].tolist()]
         joined = len(self._blocks) > 1
         return [f"{case.site}/{case.patient}" if joined else case.patient for case in chosen]
-
-    def batches(self, split: str, batch_size: int) -> Iterator[Tensor]:
-        """Positions of one split in order, ``batch_size`` at a time, for inference."""
-        indices = self.splits[split]
-        for start in range(0, len(indices), batch_size):
-            yield indices[start : start + batch_size]
 
     def train_batches(
         self, rng: np.random.Generator, batch_size: int, steps: int | None = None, balanced: bool = False
