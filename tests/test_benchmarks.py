@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -108,3 +110,88 @@ def test_tables_of_pppml_hmi_from_two_finished_comparisons(tmp_path: Path, monke
     assert f"{local[2]} minus {local[1]}" in gains
     assert len(gains) == len(parts.rows) == 6
     assert {row[0]: row[2] for row in costs.rows}["fedavg"] == "1.00"
+
+
+@pytest.fixture
+def secure_sum(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(OVERHEAD.parent))
+    return importlib.import_module("secure_sum")
+
+
+def test_secure_sums_are_measured_and_what_is_not_installed_is_said(
+    secure_sum: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = secure_sum.Option("a peer", ("no-such-package==9.9",))
+    monkeypatch.setitem(secure_sum.OPTIONS, "flower", absent)
+    command = ["secure_sum.py", "--quick", "--only", "plain", "masked-16", "flower", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    secure_sum.main()
+    assert "4/masked-16/0: measuring" in capsys.readouterr().out
+    table = (tmp_path / "secure_sum-quick.md").read_text(encoding="utf-8")
+    assert "| a peer | not installed (pip install no-such-package==9.9) |" in table
+    cells = json.loads((tmp_path / "secure_sum-quick.json").read_text(encoding="utf-8"))["cells"]
+    plain, masked = (cells[f"4/{name}/0"]["measured"] for name in ("plain", "masked-16"))
+    assert plain["error"] < 1e-9
+    assert 0 < masked["error"] < 1e-3
+    assert 400_000 < plain["up"] < 420_000
+    assert 200_000 < masked["up"] < 220_000
+    assert masked["seconds"]["site"]["masked-vector"][0] > 0
+
+    secure_sum.main()
+    assert "measuring" not in capsys.readouterr().out
+
+
+def test_a_phase_counts_neither_phases_inside_it_nor_what_is_left_out(
+    secure_sum: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = importlib.import_module("secure_sum_peers")
+    now = [0.0]
+    monkeypatch.setattr(peers, "clocks", lambda: (now[0], 10 * now[0]))
+
+    def work(seconds: float) -> None:
+        now[0] += seconds
+
+    meter = peers.Meter()
+    for _ in range(2):
+        with meter.phase("server", "sum"):
+            work(1)
+            with meter.phase("site", "mask", 0.5):
+                work(2)
+                with meter.leave_out():
+                    work(4)
+            work(8)
+    assert meter.seconds == {"site": {"mask": [2, 20]}, "server": {"sum": [18, 180]}}
+
+
+def test_goals_compare_neighbours_and_are_met_as_shown(secure_sum: ModuleType) -> None:
+    def one(site: float, up: float) -> dict[str, object]:
+        seconds = {"site": {"keys": [site, 9.0], "open": [5.0, 5.0]}}
+        return {"seconds": seconds, "up": up, "float32": 100, "memory": {"mask": 300 / 2**20, "keys": 0.0}}
+
+    found = {"masked-32": [one(0.1, 100.4), one(0.2, 100.4), one(0.4, 100.4)], "flower": [one(0.8, 200), one(1, 200)]}
+    by_text = {goal.text: goal for goal in secure_sum.GOALS}
+    ratio = by_text["SecAgg+ beside masked: processor time of a site"]
+    assert ratio.values(found) == pytest.approx([8, 5])
+    assert (ratio.met(7.994), ratio.met(7.996)) == (False, True)
+    own = by_text["masked, 32-bit lanes: bytes sent, beside float32"]
+    assert own.values(found) == pytest.approx([1.004] * 3)
+    assert (own.met(1.004), own.met(1.006)) == (True, False)
+    assert by_text["NVFlare beside masked: bytes sent"].values(found) == []
+    table = secure_sum.goals({4: found})
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows[ratio.text] == ["4", "at least 8 x", "6.50 (5.00 to 8.00) x", "no"]
+    assert rows["masked: memory of a site, beside the float32 vector"][-2:] == ["3.00 (3.00 to 3.00) x", "yes"]
+    assert rows["NVFlare beside masked: bytes sent"][-2:] == ["not measured", "-"]
+    assert "masked: processor time of the server" not in rows, "a goal for ten sites"
+
+
+@pytest.mark.parametrize(("peer", "package", "apart"), [("nvflare", "tenseal", 1e-7), ("flower", "flwr", 1e-3)])
+def test_peers_find_the_mean(secure_sum: ModuleType, peer: str, package: str, apart: float) -> None:
+    pytest.importorskip(package)
+    peers = importlib.import_module("secure_sum_peers")
+    case, meter = peers.Case(3, 2000), peers.Meter()
+    assert sum(case.shapes().values()) == 2000
+    found = peers.PEERS[peer](case, meter)
+    assert 0 < found["error"] < apart
+    assert found["up"] > 2 * 4 * 2000
+    assert all(spent[1] > 0 for spent in itertools.chain(*(p.values() for p in meter.seconds.values())))

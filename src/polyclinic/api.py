@@ -324,6 +324,40 @@ def import_data(name: str, folder: Path, out: Path, **options: Any) -> list[Path
     return run_importer(name, Path(folder), Path(out), **options)
 
 
+def new_key(site: str, folder: Path, *, passphrase: str | None = None) -> tuple[list[Path], str]:
+    """Make a site's signing key; see ``polyclinic.secure.keyring.new_key``.
+
+    Returns:
+        The private and the public file, and the key's fingerprint.
+    """
+    from polyclinic.secure import identity, keyring
+
+    folder = Path(folder)
+    made = keyring.new_key(site, folder, passphrase)
+    return [identity.key_path(folder, site), identity.public_path(folder, site)], made.fingerprint
+
+
+def show_keys(path: Path) -> list[dict[str, str]]:
+    """What a key file, a roster or a folder of keys holds; see ``polyclinic.secure.keyring.describe_keys``."""
+    from polyclinic.secure.keyring import describe_keys
+
+    return describe_keys(Path(path))
+
+
+def trust_key(roster: Path, public: Path, fingerprint: str) -> str:
+    """Pin a site's public key whose fingerprint was compared; see ``polyclinic.secure.keyring.trust_file``."""
+    from polyclinic.secure.keyring import trust_file
+
+    return trust_file(Path(roster), Path(public), fingerprint)
+
+
+def new_pair_secret(site: str, peer: str, folder: Path) -> Path:
+    """Make a secret for two sites; see ``polyclinic.secure.pair_secrets.new_pair_secret``."""
+    from polyclinic.secure import pair_secrets
+
+    return pair_secrets.new_pair_secret(Path(folder), site, peer)
+
+
 def _loaded(study: Study | Path | str) -> Study:
     return study if isinstance(study, Study) else load_study(study)
 

@@ -32,6 +32,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare images: manifests, splits, partitions, made-up images.")
 app.add_typer(data_app, name="data")
+keys_app = typer.Typer(no_args_is_help=True, help="Keys of a site: make, show, exchange, pin.")
+app.add_typer(keys_app, name="keys")
 out = Console()
 err = Console(stderr=True)
 
@@ -305,6 +307,74 @@ def data_import(
         override(options, text)
     for path in api.import_data(name, folder, out_, **options):
         _say(f"manifest: {path}")
+
+
+@keys_app.command("new")
+def keys_new(
+    site: Annotated[str, typer.Argument(help="Name of the site, as in the study.")],
+    out_: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for the two files.")] = Path("keys"),
+    encrypt: Annotated[
+        bool, typer.Option("--encrypt", help="Ask for a passphrase, or take it from POLYCLINIC_PASSPHRASE.")
+    ] = False,
+) -> None:
+    """Make a site's signing key: SITE.key, which never leaves the site, and SITE.pub for the others."""
+    (private, public), fingerprint = api.new_key(site, out_, passphrase=_new_passphrase() if encrypt else None)
+    _say(f"private key: {private} (keep it here; readable by you alone)")
+    _say(f"public key: {public} (send it to the others)")
+    _say(f"fingerprint: {fingerprint} (tell it to them by telephone or on paper)")
+
+
+@keys_app.command("show")
+def keys_show(path: Annotated[Path, typer.Argument(help="A key file, a roster, or a folder of keys.")]) -> None:
+    """Print the fingerprints of keys; never a secret."""
+    for row in api.show_keys(path):
+        _say(f"{row['file']}  {row['what']} of {row['site']}: {row['fingerprint']}")
+
+
+@keys_app.command("trust")
+def keys_trust(
+    roster: Annotated[Path, typer.Argument(metavar="ROSTER.json", help="The pinned keys; made if need be.")],
+    public: Annotated[Path, typer.Argument(metavar="SITE.pub", help="The public key of a site.")],
+    fingerprint: Annotated[
+        str, typer.Option(help="What the site told you, by telephone or on paper; without it you are asked.")
+    ] = "",
+) -> None:
+    """Pin the public key of a site, after its fingerprint was compared outside the system."""
+    if not fingerprint:
+        (row,) = api.show_keys(public)
+        fingerprint = row["fingerprint"]
+        _say(f"{row['what']} of {row['site']}: {fingerprint}")
+        if not typer.confirm("Call the site. Is this the fingerprint that it reads out?"):
+            _say("nothing was changed")
+            raise typer.Exit(1)
+    site = api.trust_key(roster, public, fingerprint)
+    _say(f"{roster} trusts this key of {site}")
+
+
+@keys_app.command("pair")
+def keys_pair(
+    site: Annotated[str, typer.Argument(help="Name of one site.")],
+    peer: Annotated[str, typer.Argument(help="Name of the other.")],
+    out_: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for the file.")],
+) -> None:
+    """Make a secret for two sites, to be carried to both outside the system."""
+    _say(
+        f"pair secret: {api.new_pair_secret(site, peer, out_)} (carry it to both sites by hand, into their key folders)"
+    )
+
+
+def _new_passphrase() -> str:
+    import os
+
+    from polyclinic.errors import SiteError
+    from polyclinic.secure.identity import PASSPHRASE, type_passphrase
+
+    if given := os.environ.get(PASSPHRASE):
+        return given
+    first = type_passphrase("Passphrase: ")
+    if type_passphrase("Again: ") != first:
+        raise SiteError("the two passphrases differ; no key was made.")
+    return first
 
 
 def _overrides(set_: list[str] | None, seed: int | None, device: str | None) -> list[str]:

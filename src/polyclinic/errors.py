@@ -4,7 +4,8 @@ PolyclinicError
 ├── StudyError        the study file: unknown key, wrong type, impossible combination
 ├── DataError         images, labels, masks, tables, splits
 ├── SiteError         a site could not do what it was asked
-├── UndeclaredError   something was about to leave a site that the method did not declare
+│   ├── UndeclaredError   something was about to leave a site that the method did not declare
+│   └── ProtocolError     a party of a secure sum refused a message
 ├── MessageError      a message that is damaged, too large, or not in our form
 └── RunError          the results folder: cannot be written, does not match, is not finished
 """
@@ -48,6 +49,19 @@ class SiteError(PolyclinicError):
 
 class UndeclaredError(SiteError):
     """A site handler tried to send something that its method did not declare."""
+
+
+class ProtocolError(SiteError):
+    """A party of a secure sum refused: wrong signature, replay, foreign roster, overflow, a second opening, ...
+
+    Args:
+        reason: What was refused, and why.
+        blames: The site whose message was refused, where there is one.
+    """
+
+    def __init__(self, reason: str, blames: str | None = None) -> None:
+        super().__init__(reason)
+        self.blames = blames
 
 
 class MessageError(PolyclinicError):

@@ -10,14 +10,16 @@ from typing import BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A file open for writing that takes the place of ``path`` when the block ends.
 
-    A crash leaves the old file or the new one, on disk, never half of one; an error leaves the old one.
+    A crash leaves the old file or the new one, on disk, never half of one; an error leaves the old one. The file is
+    made with the permissions ``mode`` (less the umask): nobody else can open a secret while it is written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

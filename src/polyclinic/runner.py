@@ -28,18 +28,17 @@ from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site, Workbench
 from polyclinic.federation.state import ServerState
 from polyclinic.methods import make_method
-from polyclinic.methods.base import Method
 from polyclinic.methods.pooled import POOLED_SITE
 from polyclinic.models.registry import build_model, describe
 from polyclinic.models.weights import save_tensors, shared_tensors, snapshot
 from polyclinic.results import Json, RunFolder, plain_json
-from polyclinic.secure.sum import PlainSum
+from polyclinic.secure.backends import Aggregation, check_cohort
 from polyclinic.seeds import derive_seed
 from polyclinic.study import Study
 from polyclinic.tasks import make_task
 from polyclinic.training import learning_rate
 
-RESERVED_SITES = frozenset({POOLED_SITE, "global", "mean", "worst"})
+RESERVED_SITES = frozenset({POOLED_SITE, "global", "mean", "server", "worst"})
 
 
 class Observer(Protocol):
@@ -163,6 +162,8 @@ class Run:
         self.method = make_method(study)
         for data in sites.values():
             self.method.check_data(data)
+        check_cohort(study, self.method, len(sites))
+        self.aggregation = Aggregation(study, self.method, sorted(sites))
         self.bench = Workbench(lambda: start_model(study), study.device)
         self.losses: dict[str, float] = {}
         self.channel = self._local_channel()
@@ -183,7 +184,7 @@ class Run:
         self.observer.run_started(study, list(channel.sites), state.finished)
         channel.begin_round(state.finished + 1)
         started = time.perf_counter()
-        for _ in self.method.server(channel, state, PlainSum()):
+        for _ in self.method.server(channel, state, self.aggregation.sums):
             number = state.finished + 1
             found: dict[str, dict[str, float]] = {}
             every = study.evaluation.every
@@ -199,6 +200,7 @@ class Run:
             self.observer.round_finished(record)
             started = time.perf_counter()
             self.losses.clear()
+            self.aggregation.sums.incidents.clear()
             channel.begin_round(number + 1)
 
     def test(self) -> Json:
@@ -210,18 +212,31 @@ class Run:
             self.folder.guard(lambda: (path / "models").mkdir(exist_ok=True))
             save_tensors(path / "models" / "global.safetensors", self.state.groups["chosen"])
         self.folder.guard(lambda: write_replicates(path / "replicates.safetensors", results))
-        self.folder.write("privacy.json", json.dumps(_what_leaves(self.method), indent=2))
+        self.folder.write("privacy.json", json.dumps(self._what_leaves(), indent=2))
         metrics = self._metrics(results)
         self.folder.write("metrics.json", json.dumps(plain_json(metrics), indent=1))
         return metrics
 
+    def _what_leaves(self) -> Json:
+        """Per op, everything that may leave a site, as declared and enforced."""
+        ops = {**self.aggregation.ops, **evaluation_ops(self.method)}
+        return {
+            "simulation": "every training image leaves its site" if self.method.simulation_only else "",
+            "aggregation": self.aggregation.backend,
+            "leaves": {op: [asdict(leaf) for leaf in entry.leaves] for op, entry in ops.items()},
+        }
+
     def _local_channel(self) -> LocalChannel:
         study, method = self.study, self.method
         task = make_task(study.task, study.training)
-        ops = {**method.ops(), **evaluation_ops(method)}
+        ops = {**self.aggregation.ops, **evaluation_ops(method)}
+        credentials = self.aggregation.credentials
 
         def make(name: str, data: SiteData) -> Site:
-            return Site(name, study, data, task, workbench=self.bench, ops=ops, folder=self.folder.path)
+            own = credentials.get(name)
+            return Site(
+                name, study, data, task, workbench=self.bench, ops=ops, folder=self.folder.path, credentials=own
+            )
 
         hidden = {}
         if method.simulation_only:
@@ -255,6 +270,7 @@ class Run:
             "lr": learning_rate(self.study.training, number, self.study.method.rounds),
             "sites": sites,
             "absent": dict(channel.absent),
+            "incidents": list(self.aggregation.sums.incidents),
             "bytes": channel.traffic.by_op(),
         }
 
@@ -326,13 +342,3 @@ def _check_device(study: Study) -> None:
             raise StudyError("device: cuda was asked for, but PyTorch finds no CUDA device. Use --device cpu.")
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
-
-
-def _what_leaves(method: Method) -> Json:
-    """Per op, everything that may leave a site, as declared and enforced."""
-    ops = {**method.ops(), **evaluation_ops(method)}
-    return {
-        "simulation": "every training image leaves its site" if method.simulation_only else "",
-        "aggregation": method.study.aggregation.backend,
-        "leaves": {op: [asdict(leaf) for leaf in entry.leaves] for op, entry in ops.items()},
-    }

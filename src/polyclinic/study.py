@@ -7,6 +7,8 @@ settings of a method are looked up.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -325,12 +327,30 @@ class TrainingSettings(Settings):
 
 
 class AggregationSettings(Settings):
-    """How updates are combined."""
+    """How updates are combined. The name of a backend alone is short for ``{backend: NAME}``."""
 
-    backend: Literal["plain"] = "plain"
-    """``plain``: the server sees each update."""
+    backend: Literal["plain", "masked", "ring-he", "ring-as-published"] = "plain"
+    """``plain``: the server sees each update. ``masked``: masks that cancel in the sum; nobody holds a key, sites may
+    drop out. ``ring-he``: the cyclic sum of PPPML-HMI with BFV and masks that sum to zero. ``ring-as-published``: with
+    CKKS and a Gaussian mask as in its code, for comparison only. All but plain need three sites or more."""
     weight: Literal["images", "patients", "uniform"] = "images"
     """What a site weighs in a sum over sites: its number of training images, of training patients, or one."""
+    lanes: Literal[16, 32] = 32
+    """masked: bits per value of an update. 16 halves the traffic; what they lose is added to the next update."""
+    reach: float = Field(0.25, gt=0, le=2**20)
+    """Values of an update are expected below this, or below the largest weight of their tensor where that is larger.
+    32-bit lanes carry 256 times as much and refuse more; narrower ones cut it and carry it over to the next round."""
+    key_holder: Literal["sites", "initiator", "server"] = "sites"
+    """ring-he: who can decrypt: all sites with a common key, or the round's first site, or the server."""
+    provider: Literal["auto", "seal", "tenseal"] = "auto"
+    """ring-he: the library of homomorphic encryption; ``auto``: seal where it is installed, else tenseal."""
+
+    @property
+    def width(self) -> int:
+        """Bits of the narrowest lanes that an update may travel in."""
+        if self.backend == "ring-he":
+            return 20 if self.key_holder == "sites" else 18
+        return self.lanes
 
 
 class EvaluationSettings(Settings):
@@ -367,6 +387,11 @@ class FederationSettings(Settings):
 
     on_absent: Literal["stop", "continue"] = "stop"
     """``stop``: a failed site ends the run, which can be resumed. ``continue``: the round goes on without it."""
+    roster: str = ""
+    """File with the sites' public keys (``polyclinic keys trust``), relative to the study file; empty: sites of one
+    process make keys for the run."""
+    keys: str = ""
+    """Folder with the sites' private keys (``polyclinic keys new``); needed where there is a roster."""
 
 
 class Study(Settings):
@@ -406,6 +431,17 @@ class Study(Settings):
 
         return parse_params(value)
 
+    @field_validator("aggregation", mode="before")
+    @classmethod
+    def _named_backend(cls, value: Any) -> Any:
+        return {"backend": value} if isinstance(value, str) else value
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what all parties must agree on, hexadecimal: everything but where data and keys lie."""
+        own = self.model_dump(mode="json", exclude={"data", "device", "compare", "federation", "description"})
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
     @property
     def weights_path(self) -> Path | None:
         """The file that training starts from, or None for a random start."""
@@ -435,13 +471,19 @@ def load_study(
     path = Path(path)
     raw = read_yaml(path)
     for text in overrides:
+        section = raw.get("aggregation")
         override(raw, text)
+        if isinstance(section, dict) and isinstance(raw["aggregation"], str):
+            # --set aggregation=masked changes the backend, not the weights.
+            raw["aggregation"] = {**section, "backend": raw["aggregation"]}
     raw.setdefault("name", path.stem)
     study = validate_study(raw, str(path))
     moved = data_root or os.environ.get("POLYCLINIC_DATA")
     root = Path(moved) if moved else path.parent / study.data.root
     data = study.data.model_copy(update={"root": str(root.expanduser().resolve())})
-    return study.model_copy(update={"data": data})
+    own = {name: getattr(study.federation, name) for name in ("roster", "keys")}
+    own = {name: str((path.parent / value).expanduser().resolve()) for name, value in own.items() if value}
+    return study.model_copy(update={"data": data, "federation": study.federation.model_copy(update=own)})
 
 
 def validate_study(raw: Mapping[str, Any], where: str = "study") -> Study:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -61,14 +62,25 @@ class Message:
 
     def to_bytes(self) -> bytes:
         """The binary form: a safetensors file with the scalars as JSON in its metadata."""
+        return b"".join(self._parts())
+
+    def digest(self) -> str:
+        """SHA-256 of the binary form, hexadecimal, without making it."""
+        found = hashlib.sha256()
+        for part in self._parts():
+            found.update(part)
+        return found.hexdigest()
+
+    def _parts(self) -> Iterator[bytes | memoryview]:
         import torch
 
-        parts = [b"", self._header()]
-        parts[0] = struct.pack("<Q", len(parts[1]))
+        header = self._header()
+        yield struct.pack("<Q", len(header))
+        yield header
         for array in self.arrays.values():
             flat = array.detach().cpu().contiguous().reshape(-1)
-            parts.append(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-        return b"".join(parts)
+            if flat.numel():
+                yield flat.view(torch.uint8).numpy().data
 
     @classmethod
     def from_bytes(cls, data: bytes, max_bytes: int = MAX_BYTES) -> Message:

@@ -22,6 +22,8 @@ from polyclinic.training import AdjustGradients, StepRule, TrainingResult, learn
 
 if TYPE_CHECKING:
     from polyclinic.data.dataset import SiteData
+    from polyclinic.secure.identity import Credentials
+    from polyclinic.secure.session import Party
     from polyclinic.tasks import Task
 
 
@@ -34,6 +36,9 @@ class Leaf:
     """``sum``: arrays that leave only through the secure sum. ``array``: arrays that leave as they are."""
     derived_from: Literal["images", "labels", "counts", "nothing"]
     """The most sensitive thing it is computed from."""
+    lanes: Literal[16, 32, 64] = 32
+    """For a sum: the fewest bits that a secure sum may give each value. 16: values of the size of a model's weights,
+    whose excess may wait for the next round. 32: what is too large is refused. 64: counters and what else grows."""
 
 
 Handler = Callable[["Site", Message], Message]
@@ -78,6 +83,7 @@ class Site:
         state: What it remembers between rounds.
         folder: Where it writes predictions.
         round: The round of the current op.
+        party: Its side of secure sums, where the study asks for them.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class Site:
         workbench: Workbench,
         ops: Mapping[str, Op],
         folder: Path,
+        credentials: Credentials | None = None,
     ) -> None:
         self.name, self.study, self.data, self.task = name, study, data, task
         self.state = SiteState(folder / "state" / name, workbench.device)
@@ -97,6 +104,20 @@ class Site:
         self.round = 0
         self._bench = workbench
         self._ops = ops
+        self._credentials = credentials
+
+    @cached_property
+    def party(self) -> Party:
+        """This site in secure sums.
+
+        Raises:
+            SiteError: The site was given no key.
+        """
+        from polyclinic.secure.session import Party
+
+        if self._credentials is None:
+            raise SiteError(f"site {self.name!r} has no key for secure sums.")
+        return Party(self.study.digest, self._credentials, self.state.folder / "sums.json")
 
     def handle(self, op: str, number: int, message: Message) -> Message:
         """Answer one call; nothing leaves that the op did not declare.

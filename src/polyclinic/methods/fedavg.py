@@ -21,7 +21,7 @@ from polyclinic.methods.base import TRAINED, Leaf, Method, MethodParams, Op, dra
 from polyclinic.secure.sum import SecureSum
 from polyclinic.training import AdjustGradients, StepRule, plain_step
 
-UPDATE = (Leaf("update", "sum", "images"), *TRAINED)
+UPDATE = (Leaf("update", "sum", "images", lanes=16), *TRAINED)
 
 
 class FedAvgParams(MethodParams):

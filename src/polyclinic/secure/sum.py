@@ -50,6 +50,9 @@ class SecureSum(Protocol):
     A site answers with groups of arrays and, for each group, a scalar ``weight/<group>`` (not negative).
     """
 
+    incidents: list[str]
+    """What was refused and repeated since this list was last emptied."""
+
     def sum(self, channel: Channel, op: str, messages: Mapping[str, Message]) -> Total:
         """Call ``op`` with these messages and sum each group of the replies.
 
@@ -64,6 +67,9 @@ class PlainSum:
     Memory: one reply and one float64 accumulator, whatever the number of sites. Sites are added in the order of the
     roster, so the order in which they answer does not matter.
     """
+
+    def __init__(self) -> None:
+        self.incidents: list[str] = []
 
     def sum(self, channel: Channel, op: str, messages: Mapping[str, Message]) -> Total:
         """Add up replies as they come."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from polyclinic.data.manifest import Case, read_manifest
@@ -187,18 +187,28 @@ def test_coarse_noise_is_as_strong_as_told_and_neighbours_share_it() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(seed=st.integers(-(2**40), 2**40), patient=st.integers(0, 9999), data=st.data())
+@given(
+    seed=st.integers(-(2**40), 2**40),
+    patient=st.integers(0, 9999),
+    finding=st.integers(0, 11),
+    sizes=st.tuples(*[st.integers(8, 24)] * 3),
+)
+@example(seed=3002, patient=251, finding=3, sizes=(8, 8, 10))  # a nodule between the pixel centres
+@example(seed=44120882906, patient=3553, finding=1, sizes=(8, 19, 9))  # an opacity of a CT slice likewise
 @settings(max_examples=20, deadline=None)
-def test_shapes_ranges_and_masks(kind: str, seed: int, patient: int, data: st.DataObject) -> None:
-    label = data.draw(st.sampled_from(CLASSES[kind]))
-    size = [data.draw(st.integers(8, 24)) for _ in SIZES[kind]]
+def test_shapes_ranges_and_masks(kind: str, seed: int, patient: int, finding: int, sizes: tuple[int, int, int]) -> None:
+    label = CLASSES[kind][finding % len(CLASSES[kind])]
+    size = list(sizes[-len(SIZES[kind]) :])
     pixels, mask = phantom_picture(phantom(kind, seed), case(label, patient=patient), size)
     channels = 3 if kind == "skin-lesion" else 1
     assert pixels.shape == (channels, *size)
     assert mask.shape == tuple(size)
     assert mask.dtype == np.uint8
     assert set(np.unique(mask)) <= {0, 1}
-    assert bool(mask.any()) == (label != "normal")
+    if kind != "chest-ct" or min(size) >= 12:
+        assert bool(mask.any()) == (label != "normal")
+    else:  # one slice in pixels of 30 mm and more: a small opacity may lie between their centres
+        assert not mask.any() or label != "normal"
     if kind.startswith("chest-ct"):
         assert pixels.dtype == np.float32
         assert pixels.min() >= -1024

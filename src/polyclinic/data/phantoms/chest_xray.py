@@ -177,10 +177,13 @@ def _effusion(rng: np.random.Generator, chest: _Chest) -> tuple[Array, Array]:
 def _nodule(rng: np.random.Generator, chest: _Chest) -> tuple[Array, Array]:
     """One to three round lesions in the open lung."""
     field = np.zeros_like(chest.y)
+    spacing = 2 / min(field.shape)
     for _ in range(int(rng.integers(1, 4))):
         side = 1 if rng.random() < 0.5 else -1
         radius = rng.uniform(0.09, 0.15)
         cy, cx = rng.uniform(-0.50, 0.25), rng.uniform(0.32, 0.60)
         distance = np.sqrt((chest.x * side - cx) ** 2 + (chest.y - cy) ** 2)
-        np.maximum(field, step(radius - distance, 0.05), out=field)
+        # On a grid so coarse that a nodule may fall between pixel centres, its edge is blurred up to the nearest one.
+        edge = max(0.05, 2 * (spacing - radius))
+        np.maximum(field, step(radius - distance, edge), out=field)
     return field, field * rng.uniform(0.55, 1.0)
