@@ -285,7 +285,7 @@ def test_interrupted(tiny_file: File, tmp_path: Path) -> None:
         end = time.monotonic() + 200
         while not (folder / "rounds.jsonl").exists() and process.poll() is None and time.monotonic() < end:
             time.sleep(0.01)
-        # Python drops an interrupt that arrives inside a __del__ or a weakref callback, so it is sent until it is heard.
+        # Python drops an interrupt that arrives inside a __del__ or a weakref callback: it is sent until it is heard.
         while process.poll() is None and time.monotonic() < end:
             if "stopped" not in said.read_text(encoding="utf-8"):
                 process.send_signal(signal.SIGINT)

@@ -341,14 +341,15 @@ def keys_trust(
 ) -> None:
     """Pin the public key of a site, after its fingerprint was compared outside the system."""
     if not fingerprint:
-        (row,) = api.show_keys(public)
-        fingerprint = row["fingerprint"]
-        _say(f"{row['what']} of {row['site']}: {fingerprint}")
+        from polyclinic.secure import identity
+
+        site, key = identity.read_public(public)
+        fingerprint = identity.fingerprint(site, key)
+        _say(f"public key of {site}: {fingerprint}")
         if not typer.confirm("Call the site. Is this the fingerprint that it reads out?"):
             _say("nothing was changed")
             raise typer.Exit(1)
-    site = api.trust_key(roster, public, fingerprint)
-    _say(f"{roster} trusts this key of {site}")
+    _say(f"{roster} trusts this key of {api.trust_key(roster, public, fingerprint)}")
 
 
 @keys_app.command("pair")

@@ -100,6 +100,68 @@ def test_a_new_process_goes_on_bit_for_bit(method: str, tmp_path: Path) -> None:
     assert same(end_state(whole), end_state(resumed))
 
 
+SECURE: dict[str, tuple[Any, float]] = {
+    "masked": ("masked", 2e-6),
+    "masked, 16 bits": ({"backend": "masked", "lanes": 16}, 4e-4),
+    "ring-he": ("ring-he", 4e-5),
+    "ring-he, server's key": ({"backend": "ring-he", "key_holder": "server"}, 2e-4),
+}
+"""Secure sums, and how far three rounds of rounding may lead away from the plain sum."""
+
+
+@METHOD
+@pytest.mark.parametrize("backend", SECURE)
+def test_a_secure_sum_changes_nothing_but_rounding(method: str, backend: str, tmp_path: Path) -> None:
+    aggregation, tolerance = SECURE[backend]
+    plain = trained(toy_study(method), sites(), tmp_path / "plain")
+    secure = trained(toy_study(method, aggregation=aggregation), sites(), tmp_path / "secure")
+    wanted, found = end_state(plain), end_state(secure)
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
+    assert [record["incidents"] for record in secure.records] == [[], [], []]
+    for op, entry in secure.aggregation.ops.items():
+        sums = [leaf.name for leaf in entry.leaves if leaf.kind == "sum"]
+        assert not sums or method == "pooled", f"{op} lets {sums} out of a site"
+
+
+@pytest.mark.parametrize("backend", SECURE)
+def test_a_resumed_secure_run_ends_the_same(backend: str, tmp_path: Path) -> None:
+    study = toy_study("fedavg", training={"batch_size": 4}, aggregation=SECURE[backend][0])
+    whole = trained(study, sites(), tmp_path / "whole")
+    folder = RunFolder(tmp_path / "parts")
+    folder.create(study)
+    _stop_after(study, sites(), folder, rounds=1)
+    resumed = Run(study, sites(), folder, Silent())
+    assert resumed.state.finished == 1
+    resumed.train()
+    assert same(end_state(whole), end_state(resumed))
+
+
+@pytest.mark.parametrize("backend", SECURE)
+def test_a_round_lost_after_its_sum_was_opened_is_repeated(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = toy_study("fedavg", training={"batch_size": 4}, aggregation=SECURE[backend][0])
+    whole = trained(study, sites(), tmp_path / "whole")
+    folder = RunFolder(tmp_path / "parts")
+    folder.create(study)
+
+    class PowerCutError(Exception):
+        pass
+
+    def cut(self: RunFolder, record: Any) -> None:
+        raise PowerCutError
+
+    with monkeypatch.context() as patched, pytest.raises(PowerCutError):
+        patched.setattr(RunFolder, "add_round", cut)
+        Run(study, sites(), folder, Silent()).train()
+    resumed = Run(study, sites(), folder, Silent())
+    assert resumed.state.finished == 0
+    resumed.train()
+    assert same(end_state(whole), end_state(resumed))
+
+
 @METHOD
 def test_state_survives_safetensors(method: str, tmp_path: Path) -> None:
     run = trained(toy_study(method), sites(), tmp_path)

@@ -65,14 +65,15 @@ class Aggregation:
 
 
 def _credentials(study: Study, sites: Sequence[str]) -> Mapping[str, Credentials]:
-    from polyclinic.secure.identity import ephemeral_credentials, load_credentials
+    from polyclinic.secure.identity import ask_passphrase, ephemeral_credentials, key_path, load_credentials
 
     federation = study.federation
     if bool(federation.roster) != bool(federation.keys):
         raise StudyError("federation.roster and federation.keys go together: give both, or neither.")
     if not federation.roster:
         return ephemeral_credentials(sites)
-    return {site: load_credentials(site, Path(federation.keys), Path(federation.roster), None) for site in sites}
+    keys, roster = Path(federation.keys), Path(federation.roster)
+    return {site: load_credentials(site, keys, roster, ask_passphrase(key_path(keys, site))) for site in sites}
 
 
 def check_cohort(study: Study, method: Method, sites: int) -> None:

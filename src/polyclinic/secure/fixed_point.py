@@ -86,7 +86,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         known = {entry.name.partition("/")[0] for entry in self.entries}
-        if not known <= set(self.groups) or len({e.name for e in self.entries}) != len(self.entries):
+        twice = len({e.name for e in self.entries}) != len(self.entries) or len(set(self.groups)) != len(self.groups)
+        if twice or not known <= set(self.groups):
             raise MessageError("a layout names a tensor twice or one of no known group.")
 
     @property
@@ -120,13 +121,17 @@ class Layout:
             raw = json.loads(text)
             entries = tuple(Entry(str(n), tuple(map(int, s)), int(b), float(c)) for n, s, b, c in raw["entries"])
             groups = tuple(map(str, raw["groups"]))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise MessageError(f"a site's layout cannot be read: {error}") from None
         if any(
-            e.bits not in (16, 18, 20, FULL, WIDE) or not e.bound > 0 or min(e.shape, default=1) < 0 for e in entries
+            e.bits not in (16, 18, 20, FULL, WIDE) or not 0 < e.bound < math.inf or min(e.shape, default=1) < 0
+            for e in entries
         ):
             raise MessageError("a site's layout holds a width, bound or shape that does not exist.")
-        return cls(entries, groups)
+        layout = cls(entries, groups)
+        if layout.to_text() != text:
+            raise MessageError("a site's layout is not in our form.")
+        return layout
 
 
 def plan(
@@ -140,6 +145,9 @@ def plan(
         received: The model that all sites got, by name without group; empty where there is none.
         narrow: Width that the study wants: 16 to 20, or 32.
         reach: Least ``base``.
+
+    Raises:
+        ProtocolError: The received model holds values that are not finite.
     """
     entries = []
     for key, array in arrays.items():
@@ -148,7 +156,10 @@ def plan(
         bound = WIDE_BOUND
         if bits < WIDE:
             own = received.get(name)
-            largest = float(own.abs().max()) if own is not None and own.numel() else 0.0
+            # The two ends rather than abs().max(), which would copy the model.
+            largest = max(map(abs, map(float, own.aminmax()))) if own is not None and own.numel() else 0.0
+            if not math.isfinite(largest):
+                raise ProtocolError(f"{name} of the received model holds values that are not finite: it diverged.")
             bound = 2.0 ** math.ceil(math.log2(max(reach, largest))) * (FULL_REACH if bits == FULL else 1.0)
         entries.append(Entry(key, tuple(array.shape), bits, bound))
     return Layout(tuple(entries), tuple(dict.fromkeys(key.partition("/")[0] for key in arrays)))
@@ -161,7 +172,8 @@ def weight_steps(weight: float) -> int:
         ProtocolError: Negative, not a number, or above 2**40.
     """
     if not 0 <= weight <= MAX_WEIGHT:
-        raise ProtocolError(f"a weight of {weight} cannot be summed securely: it must lie between 0 and 2**40.")
+        # The reason travels to the server, so it must not tell the weight.
+        raise ProtocolError("this site's weight cannot be summed securely: it must lie between 0 and 2**40.")
     return round(weight * WEIGHT_STEPS)
 
 
@@ -190,15 +202,14 @@ def encode(
     Raises:
         ProtocolError: A value is not finite, or beyond the bound of its lanes.
     """
-    lanes: Lanes = {bits: np.empty(layout.count(bits), dtype=np.dtype(f"i{_word(bits)}")) for bits in layout.widths}
+    lanes: Lanes = {bits: np.empty(layout.count(bits), dtype=np.dtype(f"i{word(bits)}")) for bits in layout.widths}
     lanes[WIDE][: len(layout.groups)] = [steps[group] for group in layout.groups]
     start = dict.fromkeys(layout.widths, 0) | {WIDE: len(layout.groups)}
     lost = {}
     for entry in layout.entries:
         group = entry.name.partition("/")[0]
-        share = steps[group] / totals[group] if totals[group] else 0.0
-        if share > 1:
-            raise ProtocolError(f"the sum of all weights of {group!r} is said to be smaller than this site's own.")
+        # A refusal of a sum below this site's own weight would tell, if asked often enough, that weight.
+        share = min(1.0, steps[group] / totals[group]) if totals[group] > 0 else 0.0
         values = np.ascontiguousarray(arrays[entry.name].detach().cpu().numpy()).reshape(-1)
         into = lanes[entry.bits][start[entry.bits] : start[entry.bits] + entry.size]
         start[entry.bits] += entry.size
@@ -223,12 +234,24 @@ def decode(layout: Layout, lanes: Lanes, *, sites: int) -> tuple[dict[str, int],
     return weights, means
 
 
-def error_bound(entry: Entry, sites: int) -> float:
-    """Largest distance, per value, of a sum of ``sites`` shares from the real one, where nothing was cut."""
-    return sites * (1.0 if entry.narrow else 0.5) / entry.scale(sites)
+def error_bound(entry: Entry, sites: int, largest: float | None = None) -> float:
+    """Largest distance, per value, of a decoded sum of ``sites`` shares from the real one, where nothing was cut.
+
+    Args:
+        entry: The tensor.
+        sites: Number of sites that were asked.
+        largest: Largest |value| at any site; by default the bound of the lanes.
+
+    Returns:
+        Rounding to steps, and that of float64 (the share, its product with a value, the decoded sum): 2**-51 of
+        ``largest``, which counts in wide lanes alone. A mean over fewer sites than were asked is off by this times all
+        sites' weight over theirs.
+    """
+    steps = sites * (1.0 if entry.narrow else 0.5) / entry.scale(sites)
+    return steps + (entry.bound if largest is None else largest) * 2.0**-51
 
 
-def _word(bits: int) -> int:
+def word(bits: int) -> int:
     """Bytes of the integers that lanes of this width are held in."""
     return 2 if bits <= 16 else bits // 8 if bits >= FULL else 4
 
@@ -237,13 +260,14 @@ def _round_to(into: NDArray[Any], values: NDArray[Any], entry: Entry, factor: fl
     buffer = np.empty(min(_CHUNK, values.size))
     for begin in range(0, values.size, _CHUNK):
         part = values[begin : begin + _CHUNK]
-        scaled = np.multiply(part, factor, out=buffer[: part.size], dtype=np.float64, casting="unsafe")
-        largest = max(abs(float(part.max())), abs(float(part.min())))
-        if not largest <= entry.bound:
+        if not max(abs(float(part.max())), abs(float(part.min()))) <= entry.bound:
+            # The reason travels to the server, so it must not tell the value.
+            advice = "" if entry.bits == WIDE else " If training did not diverge, raise aggregation.reach."
             raise ProtocolError(
-                f"{entry.name} holds {largest:g}, and {entry.bits}-bit lanes carry at most {entry.bound:g}; nothing "
-                "was sent. If training did not diverge, raise aggregation.reach."
+                f"{entry.name} holds a value that is not finite or beyond {entry.bound:g}, the most that "
+                f"{entry.bits}-bit lanes carry; nothing was sent.{advice}"
             )
+        scaled = np.multiply(part, factor, out=buffer[: part.size], dtype=np.float64, casting="unsafe")
         into[begin : begin + part.size] = np.rint(scaled, out=scaled)
 
 

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from polyclinic.errors import MessageError, SiteError
+from polyclinic.errors import MessageError, ProtocolError, SiteError
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Leaf, Op, check_declared
-from polyclinic.secure.fixed_point import WEIGHT_STEPS, Lanes, Layout, decode, encode, plan, weight_steps
+from polyclinic.secure.fixed_point import WEIGHT_STEPS, Lanes, Layout, decode, encode, plan, weight_steps, word
 from polyclinic.secure.keystream import Keystream, add_streams
 from polyclinic.secure.session import FEWEST, Attempt, Session, digest, too_few
 from polyclinic.secure.sum import Total
@@ -68,10 +68,11 @@ class Contribution:
         Raises:
             MessageError: Not the lanes of this layout.
         """
-        lanes = {int(name): array.numpy() for name, array in message.group("lanes").items()}
-        if {b: a.shape for b, a in lanes.items()} != {b: (layout.count(b),) for b in layout.widths}:
+        arrays = message.group("lanes")
+        wanted = {str(b): ((layout.count(b),), f"torch.int{8 * word(b)}") for b in layout.widths}
+        if {name: (tuple(array.shape), str(array.dtype)) for name, array in arrays.items()} != wanted:
             raise MessageError("a vector has other lanes than the layout says.")
-        return cls.of(lanes)
+        return cls.of({b: arrays[str(b)].contiguous().numpy() for b in layout.widths})
 
     def digests(self) -> list[bytes]:
         """SHA-256 of each width's lanes."""
@@ -171,7 +172,8 @@ class HiddenSum:
         totals: tuple[int, ...] = (),
     ) -> Opened:
         """Attempts until one succeeds: once more with the same sites after a refusal, then without its cause."""
-        tried: list[Sequence[str]] = []
+        tried: list[list[str]] = []
+        sites = list(sites)
         while True:
             # The clock keeps numbers growing over restarts of the server, which remembers none.
             self._number = max(time.time_ns() // 1_000_000, self._number + 1)
@@ -189,9 +191,9 @@ class HiddenSum:
 
 
 def _without_cause(sites: Sequence[str], refused: Mapping[str, str]) -> list[str]:
-    """Leave out a site that most of the others blame, else those who refused."""
+    """Leave out a site that the server blames, or most of the others; else those who refused."""
     for site in sites:
-        if list(refused.values()).count(site) > (len(sites) - 1) / 2:
+        if refused.get("server") == site or list(refused.values()).count(site) > (len(sites) - 1) / 2:
             return [s for s in sites if s != site]
     return [s for s in sites if s not in refused]
 
@@ -221,13 +223,17 @@ def ask(
     replies = channel.call(op, {site: attempt.message(call) for site, call in calls.items()})
     refused = {site: reply for site, reply in replies.items() if "refused" in reply.scalars}
     answers = {site: reply for site, reply in replies.items() if site not in refused}
-    if len(answers) < least or (refused and not refusals):
-        raise AttemptFailed(
-            "; ".join(f"site {s!r} refused {op!r}: {r.scalars['refused']}" for s, r in refused.items())
-            or f"{op!r}: {too_few(sorted(answers), least)}",
-            {site: str(reply.scalars["blames"]) for site, reply in refused.items()},
-        )
+    if refused and (len(answers) < least or not refusals):
+        raise refusal(op, refused)
+    if len(answers) < least:
+        raise AttemptFailed(f"{op!r}: {too_few(sorted(answers), least)}")
     return answers
+
+
+def refusal(op: str, refused: Mapping[str, Message]) -> AttemptFailed:
+    """The end of an attempt in which these sites answered ``op`` with a refusal."""
+    reasons = "; ".join(f"site {site!r} refused {op!r}: {r.scalars['refused']}" for site, r in refused.items())
+    return AttemptFailed(reasons, {site: str(reply.scalars.get("blames", "")) for site, reply in refused.items()})
 
 
 def hide(ops: Mapping[str, Op], protocol: SumProtocol) -> dict[str, Op]:
@@ -274,12 +280,12 @@ class Pending:
     def keep(
         cls, site: Site, op: str, model: str, layout: Layout, arrays: Mapping[str, Tensor], weights: Mapping[str, float]
     ) -> None:
-        """Write it to the site's state; what narrow lanes lost in the round before is added."""
+        """Hold it until the next round; what narrow lanes lost in the round before is added."""
         steps = {group: weight_steps(weight) for group, weight in weights.items()}
-        before = site.state.load("sum_lost")
+        before = site.state.load(_lost(op))
         lost = before[0] if before else {}
         arrays = {key: array + lost[key] if key in lost else array for key, array in arrays.items()}
-        site.state.save("sum_values", arrays)
+        site.party.held = arrays
         site.state.save("sum_facts", {}, op=op, model=model, layout=layout.to_text(), steps=json.dumps(steps))
 
     @classmethod
@@ -295,6 +301,11 @@ class Pending:
         given = facts[1]
         steps = json.loads(str(given["steps"]))
         return cls(str(given["op"]), str(given["model"]), Layout.from_text(str(given["layout"])), steps)
+
+
+def _lost(op: str) -> str:
+    """Key of what narrow lanes lost of an op's answer in a site's state."""
+    return "sum_lost_" + op.replace("-", "_")
 
 
 def enter(site: Site, message: Message, **facts: str) -> Message:
@@ -332,13 +343,15 @@ def own_lanes(site: Site, session: Session) -> Lanes:
     groups = pending.layout.groups
     if attempt.purpose == "counts":
         return encode(Layout((), groups), {}, pending.steps, {}, sites=len(attempt.sites))[0]
-    kept = site.state.load("sum_values")
-    assert kept is not None
+    if site.party.held is None:
+        raise SiteError(f"site {site.name!r} restarted in round {site.round} and lost what it had computed.")
+    if len(attempt.totals) != len(groups):
+        raise ProtocolError(f"the call says {len(attempt.totals)} sums of weights, and there are {len(groups)}.")
     totals = dict(zip(groups, attempt.totals, strict=True))
     # Rounding hides nothing, so its randomness may follow from the study's seed; masks have keys of their own.
     rng = generator(site.study.seed, site.name, site.round, attempt.op, "rounding")
-    lanes, lost = encode(pending.layout, kept[0], pending.steps, totals, sites=len(attempt.sites), rng=rng)
+    lanes, lost = encode(pending.layout, site.party.held, pending.steps, totals, sites=len(attempt.sites), rng=rng)
     if lost:
         tensors = {e.name: torch.from_numpy(lost[e.name]).reshape(e.shape) for e in pending.layout.entries if e.narrow}
-        site.state.save("sum_lost", tensors)
+        site.state.save(_lost(attempt.op), tensors)
     return lanes

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 from polyclinic.errors import MessageError, ProtocolError
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Leaf, Op
-from polyclinic.secure.hidden import AttemptFailed, Contribution, Opened, ask, enter, own_lanes
+from polyclinic.secure.hidden import AttemptFailed, Contribution, Opened, ask, enter, own_lanes, refusal
 from polyclinic.secure.keystream import Cipher, Keystream
 from polyclinic.secure.session import (
     FEWEST,
@@ -98,10 +98,7 @@ class MaskedSum:
         keys = ask(channel, attempt, "masked-keys", dict.fromkeys(attempt.sites, Message()), least)
         announced = forward(keys)
         dealt = ask(channel, attempt, "masked-shares", dict.fromkeys(keys, announced), least)
-        letters = {
-            to: Message({f"shares/{by}": reply.arrays[f"shares/{to}"] for by, reply in dealt.items() if by != to})
-            for to in dealt
-        }
+        letters = _letters(dealt)
         total, arrived = self._collect(channel, attempt, layout, keys, letters)
         if len(arrived) < least:
             raise AttemptFailed(too_few(arrived, least))
@@ -130,21 +127,25 @@ class MaskedSum:
         """Add up vectors as they arrive, after checking who signed them."""
         total = Contribution({})
         arrived = []
+        refused: dict[str, Message] = {}
         calls = {site: attempt.message(letter) for site, letter in letters.items()}
         for site, reply in channel.stream("masked-vector", calls):
-            if "refused" in reply.scalars:
-                refused = {site: str(reply.scalars["blames"])}
-                raise AttemptFailed(f"site {site!r} refused 'masked-vector': {reply.scalars['refused']}", refused)
+            if refused or "refused" in reply.scalars:
+                # Nothing is added any more, but the others' refusals tell whose doing it is.
+                refused |= {site: reply} if "refused" in reply.scalars else {}
+                continue
             try:
                 vector = Contribution.unpack(reply, layout)
                 context = json.loads(str(keys[site].scalars["context"]))
                 said = statement(context, "vector", *vector.digests())
                 self._roster.verify(site, said, as_bytes(reply.arrays["signed/vector"]))
-            except (ProtocolError, MessageError, KeyError) as error:
+            except (ProtocolError, MessageError, KeyError, ValueError) as error:
                 reason = f"the server refused the masked vector of site {site!r}: {error}"
                 raise AttemptFailed(reason, {"server": site}) from error
             total.add(vector)
             arrived.append(site)
+        if refused:
+            raise refusal("masked-vector", refused)
         return total, sorted(arrived)
 
     def _left_over(
@@ -161,9 +162,23 @@ class MaskedSum:
             points = {attempt.sites.index(s) + 1: as_bytes(reply.arrays[name]) for s, reply in opened.items()}
             return Keystream(recover(points, KEY), cipher)
 
-        own = [(rebuilt(f"own/{site}"), -1) for site in arrived]
-        shared = [(rebuilt(f"shared/{gone}/{site}"), -sign(site, gone)) for gone in lost for site in arrived]
+        try:
+            own = [(rebuilt(f"own/{site}"), -1) for site in arrived]
+            shared = [(rebuilt(f"shared/{gone}/{site}"), -sign(site, gone)) for gone in lost for site in arrived]
+        except (ProtocolError, KeyError) as error:
+            raise AttemptFailed(f"the shares that sites opened are of no use: {error}") from error
         return own + shared
+
+
+def _letters(dealt: Mapping[str, Message]) -> dict[str, Message]:
+    """What each site is sent of the others' shares."""
+    for by, reply in dealt.items():
+        if not {f"shares/{to}" for to in dealt if to != by} <= set(reply.arrays):
+            raise AttemptFailed(f"the shares of site {by!r} are incomplete.", {"server": by})
+    return {
+        to: Message({f"shares/{by}": reply.arrays[f"shares/{to}"] for by, reply in dealt.items() if by != to})
+        for to in dealt
+    }
 
 
 def deal(site: Site, message: Message) -> Message:
@@ -193,12 +208,17 @@ def mask(site: Site, message: Message) -> Message:
         raise ProtocolError("shares came from a site that announced no keys.")
     if len(sealed) + 1 < max(FEWEST, session.attempt.threshold):
         raise ProtocolError(too_few(sorted([site.name, *sealed]), session.attempt.threshold))
-    session.memory["letters"] |= {peer: party.unseal(session, peer, letter) for peer, letter in sealed.items()}
+    letters = {peer: party.unseal(session, peer, letter) for peer, letter in sealed.items()}
+    for peer, letter in letters.items():
+        if len(letter) != SHARE * (len(session.pairs) + 1):
+            raise ProtocolError(f"site {peer!r} sealed {len(letter)} bytes of shares, too few or too many.", peer)
+    session.memory["letters"] |= letters
     vector = Contribution.of(own_lanes(site, session))
     streams = [(Keystream(session.memory["own"], session.cipher), 1)]
     streams += [party.pair_stream(session, peer) for peer in sorted(sealed)]
     vector.add_streams(streams)
     signature = party.sign(session, "vector", *vector.digests())
+    session.memory["sent"] = True
     return Message({**vector.arrays(), "signed/vector": as_array(signature)})
 
 
@@ -207,7 +227,7 @@ def agree_on(site: Site, message: Message) -> Message:
     session = site.party.session(message, "agree")
     arrived = _names(message, "arrived")
     dealt = session.memory.get("letters", {})
-    if "vector" not in session.answered or site.name not in arrived or not set(arrived) <= set(dealt):
+    if "sent" not in session.memory or site.name not in arrived or not set(arrived) <= set(dealt):
         raise ProtocolError("the list of those whose vector arrived holds others than those that were asked.")
     if arrived != sorted(set(arrived)):
         raise ProtocolError("the list of those whose vector arrived is not sorted or names one twice.")
@@ -226,7 +246,8 @@ def open_masks(site: Site, message: Message) -> Message:
     arrived = session.memory.get("arrived")
     if arrived is None:
         raise ProtocolError("this site has signed no list of those whose vector arrived.")
-    signed = {peer: as_bytes(reply.arrays["signed/arrived"]) for peer, reply in forwarded(message).items()}
+    told = {peer: reply.group("signed") for peer, reply in forwarded(message).items()}
+    signed = {peer: as_bytes(arrays["arrived"]) for peer, arrays in told.items() if "arrived" in arrays}
     for peer, signature in signed.items():
         party.verify(session, peer, signature, "arrived", json.dumps(arrived).encode())
     if len(set(signed) & set(arrived)) < attempt.threshold:
@@ -243,8 +264,8 @@ def open_masks(site: Site, message: Message) -> Message:
             own[peer] = as_array(first)
         else:
             partners = sorted({site.name, *session.pairs} - {peer})
-            told = dict(zip(partners, others, strict=True))
-            shared |= {f"{peer}/{partner}": as_array(told[partner]) for partner in arrived}
+            of = dict(zip(partners, others, strict=True))
+            shared |= {f"{peer}/{partner}": as_array(of[partner]) for partner in arrived}
     return Message.pack({"own": own, "shared": shared})
 
 

@@ -25,9 +25,10 @@ token decrypts to is then uniform until the last site has added its part, for wh
 by BFV, which is exact. ``ring_as_published.py`` has the original of both.
 
 A site that fails breaks the ring; the sum starts afresh without it, with fresh keys and masks. The initiator keeps its
-place then, and refuses to open two sums of one round over different sites. A server that lies about the death of an
-initiator right after it opened could still subtract; ``masked`` has no such gap. With ``key_holder: server`` nobody
-but the server itself keeps it from opening two such sums.
+place then, and refuses to open two sums of one round over different sites. That stops a server which works alone and
+tells the truth about who is there. It does not stop one that calls an initiator dead right after it opened, nor one
+with a holder of the key on its side: they could open a whole token, begin again without one site, and subtract.
+``masked`` has no such gap. With ``key_holder: server`` nobody but the server itself keeps it from doing so.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ class Scheme(Protocol):
     def new_keys(self) -> Keys:
         """A pair for one attempt."""
 
-    def encrypt(self, site: Site, session: Session, key: bytes, *, first: bool) -> Blob:
-        """This site's part of the token; ``first``: it is the initiator."""
+    def encrypt(self, site: Site, session: Session, key: bytes, maker: str) -> Blob:
+        """This site's part of the token, with the key that ``maker`` made, who is to blame if it is of no use."""
 
     def add(self, session: Session, own: Blob, token: Blob, hop: int) -> Blob:
         """The token of ``hop`` parts with this site's own, which may be written to."""
@@ -146,14 +147,13 @@ class RingSum:
         token = Message()
         for site in order:
             token = ask(channel, attempt, "ring-pass", {site: token}, 1)[site]
-        context = json.loads(str(keys[first].scalars["context"]))
         if own is not None:
             try:
                 blob = _checked_token(self._roster, context, order[-1], everyone, token)
                 return Opened(sites, everyone, self._scheme.decrypt(None, layout, blob, own.secret))
             except ProtocolError as error:
                 raise AttemptFailed(f"the server refused the token: {error}", {"server": order[-1]}) from error
-        said = ask(channel, attempt, "ring-open", {first: token}, 1)[first]
+        said = self._hand(channel, attempt, "ring-open", first, order, context, token)
         try:
             total = Contribution.unpack(said, layout)
             signature = as_bytes(said.arrays["signed/sum"])

@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -95,10 +96,12 @@ class Attempt:
             attempt = cls(
                 str(given["op"]), str(given["purpose"]), int(given["round"]), int(given["number"]), sites, totals
             )
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ProtocolError(f"the call says not which attempt it belongs to ({error}).") from None
-        if sites != tuple(sorted(set(sites))) or attempt.purpose not in ("counts", "values"):
+        if sites != tuple(sorted(set(sites))):
             raise ProtocolError("the call's list of sites is not sorted or names one twice.")
+        if attempt.purpose not in ("counts", "values") or min(totals, default=0) < 0:
+            raise ProtocolError("the call asks for a sum of an unknown kind, or says that weights add up below zero.")
         return attempt
 
 
@@ -107,14 +110,22 @@ class Journal:
 
     Args:
         path: A JSON file; made when first written.
+
+    Raises:
+        ProtocolError: The file is damaged: what was opened is not known any more.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._newest, self._round, self._opened = 0, 0, dict[str, list[str]]()
         if path.is_file():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            self._newest, self._round, self._opened = kept["newest"], kept["round"], kept["opened"]
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                self._newest, self._round, self._opened = kept["newest"], kept["round"], kept["opened"]
+            except (ValueError, KeyError, TypeError):
+                raise ProtocolError(
+                    f"{path} is damaged, and with it what this site knows of earlier sums: start a new run."
+                ) from None
 
     def enter(self, attempt: Attempt) -> None:
         """Note an attempt before anything is answered in it.
@@ -134,23 +145,22 @@ class Journal:
         self._write()
 
     def open(self, attempt: Attempt, contributors: Sequence[str]) -> None:
-        """Note the opening of a sum of values before anything that opens it is answered.
+        """Note the opening of a sum before anything that opens it is answered.
 
-        Opened twice in a round for different sets, a site's update would be the difference.
+        Opened twice in a round for different sets, a site's update, or its weight, would be the difference.
 
         Raises:
-            ProtocolError: A sum of this op was opened in this round for another set of sites.
+            ProtocolError: This sum was opened in this round for another set of sites.
         """
-        if attempt.purpose != "values":
-            return
-        before = self._opened.get(attempt.op)
+        key = f"{attempt.purpose} of {attempt.op}"
+        before = self._opened.get(key)
         if before is not None and before != list(contributors):
             raise ProtocolError(
-                f"the sum of {attempt.op!r} in round {attempt.round} was opened for {', '.join(before)}; opening it "
+                f"the sum of {key} in round {attempt.round} was opened for {', '.join(before)}; opening it "
                 f"again for {', '.join(contributors)} would give away the difference. Ask for the same sites again, "
                 "or go on to the next round."
             )
-        self._opened[attempt.op] = list(contributors)
+        self._opened[key] = list(contributors)
         self._write()
 
     def _write(self) -> None:
@@ -196,6 +206,8 @@ class Party:
     def __init__(self, job: str, credentials: Credentials, journal: Path) -> None:
         self.job, self.credentials, self.journal = job, credentials, Journal(journal)
         self.name = credentials.identity.site
+        self.held: Mapping[str, torch.Tensor] | None = None
+        """Arrays of this round that leave only in a sum; in memory, since writing them costs as much as masking them."""
         self._session: Session | None = None
 
     def begin(self, attempt: Attempt, number: int, facts: Mapping[str, str]) -> Message:
@@ -271,10 +283,11 @@ class Party:
             psk = self.credentials.pair_secrets.get(peer, b"")
             keys = told.group("keys")
             info = session.bound + json.dumps(sorted((self.name, peer))).encode()
-            shared = agree(session.mask_key, as_bytes(keys["mask"]))
-            session.pairs[peer] = derive_key(shared, b"mask" + info, psk=psk)
-            shared = agree(session.seal_key, as_bytes(keys["seal"]))
-            session.seals[peer] = derive_key(shared, b"seal" + info, psk=psk)
+            with blaming(peer):
+                shared = agree(session.mask_key, as_bytes(keys["mask"]))
+                session.pairs[peer] = derive_key(shared, b"mask" + info, psk=psk)
+                shared = agree(session.seal_key, as_bytes(keys["seal"]))
+                session.seals[peer] = derive_key(shared, b"seal" + info, psk=psk)
 
     def _check_keys(self, session: Session, peer: str, told: Message) -> None:
         keys = told.group("keys")
@@ -287,7 +300,8 @@ class Party:
             raise ProtocolError(f"the keys of site {peer!r} are incomplete ({error}).", peer) from None
         if context != session.context:
             known = {**session.context, **context} if isinstance(context, dict) else {"context": ""}
-            other = next(k for k in known if not isinstance(context, dict) or context.get(k) != session.context.get(k))
+            differs = (k for k in known if not isinstance(context, dict) or context.get(k) != session.context.get(k))
+            other = next(differs, "context")
             raise ProtocolError(f"site {peer!r} works with another {other} than this site.", peer)
         self.verify(session, peer, signature, "keys", public, aes)
 
@@ -301,7 +315,8 @@ class Party:
         Raises:
             ProtocolError: It did not; blames it.
         """
-        self.credentials.roster.verify(peer, statement(session.context, what, *parts), signature)
+        with blaming(peer):
+            self.credentials.roster.verify(peer, statement(session.context, what, *parts), signature)
 
     def seal(self, session: Session, peer: str, secret: bytes) -> bytes:
         """Encrypt for one peer, bound to the attempt and the direction (AES-256-GCM, random nonce)."""
@@ -323,11 +338,21 @@ class Party:
             raise ProtocolError(f"what site {peer!r} sealed for this site was altered on its way.", peer) from None
 
     def _way(self, session: Session, sender: str, receiver: str) -> bytes:
-        return session.bound + json.dumps([sender, receiver]).encode()
+        # With the sites whose keys were announced: who was told of others is not understood.
+        return session.bound + json.dumps([sender, receiver, sorted([self.name, *session.pairs])]).encode()
 
     def pair_stream(self, session: Session, peer: str) -> tuple[Keystream, int]:
         """The mask that this site and ``peer`` share, and its sign here."""
         return Keystream(session.pairs[peer], session.cipher), sign(self.name, peer)
+
+
+@contextmanager
+def blaming(peer: str) -> Iterator[None]:
+    """What is refused in here is ``peer``'s doing."""
+    try:
+        yield
+    except ProtocolError as error:
+        raise ProtocolError(str(error), peer) from None
 
 
 def sign(site: str, peer: str) -> int:
@@ -398,4 +423,4 @@ def as_bytes(array: torch.Tensor) -> bytes:
 
 def digest(array: NDArray[Any]) -> bytes:
     """SHA-256 of an array's bytes."""
-    return hashlib.sha256(array.data.cast("B")).digest()
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).data).digest()
