@@ -34,6 +34,8 @@ data_app = typer.Typer(no_args_is_help=True, help="Prepare images: manifests, sp
 app.add_typer(data_app, name="data")
 keys_app = typer.Typer(no_args_is_help=True, help="Keys of a site: make, show, exchange, pin.")
 app.add_typer(keys_app, name="keys")
+audit_app = typer.Typer(no_args_is_help=True, help="Attack a study's own messages: what could others find out?")
+app.add_typer(audit_app, name="audit")
 out = Console()
 err = Console(stderr=True)
 
@@ -182,7 +184,8 @@ def methods() -> None:
     for row in api.networks():
         networks.add_row(row["name"], row["title"], row["dimensions"], row["tasks"])
     out.print(networks)
-    out.print("Aggregation: plain. Normalisation (model.norm): batch, batch-local (not pooled), group, instance.")
+    out.print("Aggregation (aggregation): plain, masked, ring-he, ring-as-published; all but plain need three sites.")
+    out.print("Normalisation (model.norm): batch, batch-local (not pooled), group, instance.")
 
 
 @app.command(hidden=True)
@@ -362,6 +365,56 @@ def keys_pair(
     _say(
         f"pair secret: {api.new_pair_secret(site, peer, out_)} (carry it to both sites by hand, into their key folders)"
     )
+
+
+@audit_app.command("collusion")
+def audit_collusion(
+    study: Annotated[
+        Path | None, typer.Argument(metavar="[STUDY.yaml]", help="The study file \\[default: the demo].")
+    ] = None,
+    set_: Set = None,
+    seed: Seed = None,
+    out_: Annotated[
+        Path | None, typer.Option("--out", help="Results folder \\[default: runs/<study>-collusion-<time>].")
+    ] = None,
+    device: Device = None,
+    data_root: DataRoot = None,
+) -> None:
+    """One round over every backend; then the server, sites and neighbours together attack one site's update.
+
+    Exits with 1 if they find something that masked or ring-he should hide.
+    """
+    loaded = (
+        api.demo_study(_overrides(set_, seed, device))
+        if study is None
+        else _load(study, set_, seed, device, data_root)
+    )
+    with _observer(1) as observer:
+        page, found = api.audit_collusion(loaded, out=out_, observer=observer, say=_say)
+    out.print(_collusion_table(found))
+    for alarm in found["alarms"]:
+        err.print(f"[bold red]{alarm['verdict']}:[/bold red] {alarm['backend']}, {escape(', '.join(alarm['parties']))}")
+    _say(f"page: {page}")
+    if found["alarms"]:
+        raise typer.Exit(1)
+
+
+def _collusion_table(found: dict[str, Any]) -> Table:
+    from polyclinic.audit.collusion import COALITIONS, HIDING
+    from polyclinic.audit.page import evidence, worst
+
+    colors = {"reconstructed": "red", "something shows": "yellow", "nothing found": "green", "nothing to attack": "dim"}
+    neighbours = " and ".join(found["neighbours"])
+    title = f"What they find out about {found['victim']} (its neighbours: {neighbours})"
+    table = Table("backend", *COALITIONS.values(), title=title, box=SIMPLE)
+    for entry in found["backends"]:
+        cells = []
+        for kind in () if entry["missing"] else COALITIONS:
+            row = worst(entry, kind)
+            color = "" if kind == "everyone" and entry["backend"] in HIDING else colors[row["verdict"]]
+            cells.append(f"[{color or 'default'}]{row['verdict']}[/]\n[dim]{escape(evidence(row))}[/dim]")
+        table.add_row(entry["name"], *(cells or ["not tried: a library is missing here"]))
+    return table
 
 
 def _new_passphrase() -> str:

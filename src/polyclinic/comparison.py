@@ -14,7 +14,7 @@ from polyclinic.evaluation.summary import differences, table
 from polyclinic.methods import make_method
 from polyclinic.results import Json, RunFolder, plain_json
 from polyclinic.runner import Observer, run_one
-from polyclinic.secure.backends import check_cohort
+from polyclinic.secure.backends import Aggregation
 from polyclinic.study import Study, with_method
 
 CONTROLS = ("local", "fedavg", "fedavg-ft", "pooled")
@@ -79,10 +79,10 @@ def run_comparison(
 
 
 def check_sites(plans: Mapping[str, Sequence[Study]], sites: Mapping[str, SiteData]) -> None:
-    """Raise DataError for images that one of the methods cannot train on, StudyError for too few sites for its sums."""
+    """Raise DataError for images that one of the methods cannot train on, StudyError for sums that cannot be hidden."""
     for studies in plans.values():
         method = make_method(studies[0])
-        check_cohort(studies[0], method, len(sites))
+        Aggregation(studies[0], method, sorted(sites))
         for data in sites.values():
             method.check_data(data)
 

@@ -32,7 +32,7 @@ from polyclinic.methods.pooled import POOLED_SITE
 from polyclinic.models.registry import build_model, describe
 from polyclinic.models.weights import save_tensors, shared_tensors, snapshot
 from polyclinic.results import Json, RunFolder, plain_json
-from polyclinic.secure.backends import Aggregation, check_cohort
+from polyclinic.secure.backends import Aggregation
 from polyclinic.seeds import derive_seed
 from polyclinic.study import Study
 from polyclinic.tasks import make_task
@@ -162,7 +162,6 @@ class Run:
         self.method = make_method(study)
         for data in sites.values():
             self.method.check_data(data)
-        check_cohort(study, self.method, len(sites))
         self.aggregation = Aggregation(study, self.method, sorted(sites))
         self.bench = Workbench(lambda: start_model(study), study.device)
         self.losses: dict[str, float] = {}
@@ -223,6 +222,7 @@ class Run:
         return {
             "simulation": "every training image leaves its site" if self.method.simulation_only else "",
             "aggregation": self.aggregation.backend,
+            "hidden": self.aggregation.hidden,
             "leaves": {op: [asdict(leaf) for leaf in entry.leaves] for op, entry in ops.items()},
         }
 

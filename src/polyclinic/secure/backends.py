@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,9 @@ from polyclinic.secure.sum import PlainSum, SecureSum
 if TYPE_CHECKING:
     from polyclinic.federation.site import Op
     from polyclinic.methods.base import Method
-    from polyclinic.secure.identity import Credentials
-    from polyclinic.study import Study
+    from polyclinic.secure.hidden import SumProtocol
+    from polyclinic.secure.identity import Credentials, Roster
+    from polyclinic.study import FederationSettings, Study
 
 
 class Aggregation:
@@ -21,78 +23,97 @@ class Aggregation:
 
     Args:
         study: The study.
-        method: Its method. A method that needs no federation (``pooled``) has one site in its sums and stays plain.
+        method: Its method. One that sums nothing (``local``) or over one pretended site (``pooled``) stays plain.
         sites: Names of the sites.
 
     Attributes:
         backend: Name of the backend that is used.
+        hidden: What it keeps from the server, in a sentence for the report; empty where that is nothing.
         sums: What the method's server script gets.
         ops: The method's ops as sites run them, with those of the backend.
         credentials: Keys per site; empty for the plain sum.
 
     Raises:
-        StudyError: Keys are missing, or the backend's library is.
+        StudyError: A round has fewer sites than a secure sum can hide or more than it can add; keys are missing, or the
+            backend's library is.
     """
 
     def __init__(self, study: Study, method: Method, sites: Sequence[str]) -> None:
-        self.backend = "plain" if method.simulation_only else study.aggregation.backend
-        self.sums: SecureSum = PlainSum()
         self.ops: Mapping[str, Op] = method.ops()
+        self.sums: SecureSum = PlainSum()
         self.credentials: Mapping[str, Credentials] = {}
+        self.hidden = ""
+        summed = _summed(method)
+        self.backend = study.aggregation.backend if summed else "plain"
         if self.backend == "plain":
             return
-        from polyclinic.secure.hidden import HiddenSum, SumProtocol, hide
+        check_cohort(study, method, len(sites))
+        from polyclinic.secure.hidden import HiddenSum, hide
 
-        self.credentials = _credentials(study, sites)
-        roster = next(iter(self.credentials.values())).roster
-        protocol: SumProtocol
-        if self.backend == "masked":
-            from polyclinic.secure.masked import MaskedSum
-
-            protocol = MaskedSum(roster)
-        elif self.backend == "ring-he":
-            from polyclinic.secure.ring import BfvScheme, RingSum
-
-            settings = study.aggregation
-            protocol = RingSum(roster, BfvScheme(settings.provider, settings.key_holder, settings.width))
-        else:
-            from polyclinic.secure.ring import RingSum
-            from polyclinic.secure.ring_as_published import PublishedScheme
-
-            protocol = RingSum(roster, PublishedScheme())
+        self.credentials = _credentials(study.federation, tuple(sites))
+        protocol = _protocol(study, next(iter(self.credentials.values())).roster)
+        self.hidden = (
+            f"{', '.join(summed).capitalize()} and their weights leave a site only masked or encrypted; the server "
+            "learns their sum over three sites or more."
+        )
         self.sums = HiddenSum(protocol)
         self.ops = hide(self.ops, protocol)
 
 
-def _credentials(study: Study, sites: Sequence[str]) -> Mapping[str, Credentials]:
-    from polyclinic.secure.identity import ask_passphrase, ephemeral_credentials, key_path, load_credentials
+def _protocol(study: Study, roster: Roster) -> SumProtocol:
+    settings = study.aggregation
+    if settings.backend == "masked":
+        from polyclinic.secure.masked import MaskedSum
 
-    federation = study.federation
+        return MaskedSum(roster)
+    from polyclinic.secure.ring import BfvScheme, RingSum
+
+    if settings.backend == "ring-he":
+        return RingSum(roster, BfvScheme(settings.provider, settings.key_holder, settings.width))
+    from polyclinic.secure.ring_as_published import PublishedScheme
+
+    return RingSum(roster, PublishedScheme())
+
+
+def _credentials(federation: FederationSettings, sites: tuple[str, ...]) -> Mapping[str, Credentials]:
+    from polyclinic.secure.identity import ephemeral_credentials
+
     if bool(federation.roster) != bool(federation.keys):
         raise StudyError("federation.roster and federation.keys go together: give both, or neither.")
     if not federation.roster:
         return ephemeral_credentials(sites)
-    keys, roster = Path(federation.keys), Path(federation.roster)
+    return _loaded(Path(federation.keys), Path(federation.roster), sites)
+
+
+@cache  # so that a comparison asks for each passphrase once
+def _loaded(keys: Path, roster: Path, sites: tuple[str, ...]) -> Mapping[str, Credentials]:
+    from polyclinic.secure.identity import ask_passphrase, key_path, load_credentials
+
     return {site: load_credentials(site, keys, roster, ask_passphrase(key_path(keys, site))) for site in sites}
+
+
+def _summed(method: Method) -> list[str]:
+    """Groups of arrays that several sites sum in this method."""
+    if method.simulation_only:
+        return []
+    return sorted({leaf.name for op in method.ops().values() for leaf in op.leaves if leaf.kind == "sum"})
 
 
 def check_cohort(study: Study, method: Method, sites: int) -> None:
     """Raise StudyError where a round has fewer sites than a secure sum can hide, or more than it can add."""
     backend = study.aggregation.backend
-    if (
-        backend == "plain"
-        or method.simulation_only
-        or not any(leaf.kind == "sum" for op in method.ops().values() for leaf in op.leaves)
-    ):
+    if backend == "plain" or not _summed(method):
         return
+    from polyclinic.secure.session import FEWEST, MOST
+
     cohort = max(1, round(study.method.participation * sites))
-    if cohort == 2:
+    if cohort == FEWEST - 1:
         raise StudyError(
             f"aggregation.backend {backend}: two sites take part in a round, and each would find the other's update by "
-            "subtracting its own from the sum, whatever the encryption. Take three sites or more."
+            f"subtracting its own from the sum, whatever the encryption. Take {FEWEST} sites or more."
         )
-    if not 3 <= cohort <= 16:
+    if not FEWEST <= cohort <= MOST:
         raise StudyError(
-            f"aggregation.backend {backend}: {cohort} of {sites} sites take part in a round; a secure sum needs 3 to "
-            "16. Change method.participation or the sites, or use aggregation.backend: plain."
+            f"aggregation.backend {backend}: {cohort} of {sites} sites take part in a round; a secure sum needs "
+            f"{FEWEST} to {MOST}. Change method.participation or the sites, or use aggregation.backend: plain."
         )
