@@ -74,7 +74,8 @@ class TerminalObserver:
     def called(self, op: str, site: str, number: int, loss: float | None) -> None:
         """A site has answered."""
         if op != "train":
-            self._show("sites", self._sites, self._sites, {"test": "testing"}.get(op, "judging"))
+            summing = op.startswith(("masked-", "ring-"))
+            self._show("sites", self._sites, self._sites, "summing" if summing else {"test": "testing"}.get(op, "judging"))
             return
         self._answered.add(site)
         heard = "" if loss is None else f"{site}: loss {loss:.3f}"
@@ -92,6 +93,8 @@ class TerminalObserver:
             self._console.print(f"{done}: {_losses(record)}{self._left()}", soft_wrap=True, highlight=False)
         for site, reason in record["absent"].items():
             self._console.print(f"[yellow]round {record['round']}: {site} is absent: {escape(reason)}")
+        for incident in record["incidents"]:
+            self._console.print(f"[yellow]round {record['round']}: the sum was begun again: {escape(incident)}")
 
     def run_finished(self, folder: Path, metrics: Mapping[str, Any]) -> None:
         """Results are written, now or before this run was resumed."""
