@@ -4,6 +4,9 @@ Server and sites go through three steps. The op itself (``train``) runs as ever,
 the site, in its state, and so do the weights. Then the weights are summed, by the protocol itself, so that no count
 travels in clear; then shares of the weighted mean, with the weights beside them once more, since a site may be lost in
 between. An attempt that fails before it is opened is repeated with fresh keys and without new training.
+
+What stays visible: who took part. The weight of a site that is lost between both sums is what they differ by, as it is
+between rounds with and without it; its update stays hidden.
 """
 
 from __future__ import annotations

@@ -273,5 +273,5 @@ def _names(message: Message, key: str) -> list[str]:
     try:
         names = json.loads(str(message.scalars[key]))
         return [str(name) for name in names]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise ProtocolError(f"the call holds no list {key!r}.") from None

@@ -7,7 +7,8 @@ arXiv 2302.11571: cyclic secure aggregation with homomorphic encryption (CSAHE).
 phase    a site answers                                                       the server
 =======  ===================================================================  ======================================
 keys     fresh X25519 keys, signed with their context                         passes them on
-key      the initiator alone: the key pair of this attempt (see below)        passes it on, or makes it itself
+key      nothing, once it has checked all keys; the initiator: the key pair   passes it on, or makes it itself
+         of this attempt (see below)
 prepare  nothing: it masks, packs and encrypts, before the token comes        waits
 pass     the token plus its own ciphertext, signed; each checks the one       carries the token from one to the next
          before it
@@ -25,18 +26,19 @@ token decrypts to is then uniform until the last site has added its part, for wh
 by BFV, which is exact. ``ring_as_published.py`` has the original of both.
 
 A site that fails breaks the ring; the sum starts afresh without it, with fresh keys and masks. The initiator keeps its
-place then, and refuses to open two sums of one round over different sites. That stops a server which works alone and
-tells the truth about who is there. It does not stop one that calls an initiator dead right after it opened, nor one
-with a holder of the key on its side: they could open a whole token, begin again without one site, and subtract.
-``masked`` has no such gap. With ``key_holder: server`` nobody but the server itself keeps it from doing so.
+place then, and refuses to open two sums of one round over different sites, so a server on its own cannot call a site
+dead and subtract; unless it is the initiator that it calls dead, right after that opened. A server with a holder of the
+key on its side needs no initiator to open a whole token, so it can do the same for any site. ``masked`` has no such
+gap. With ``key_holder: server`` the server opens by itself, and nobody else keeps it from doing so twice.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -46,7 +48,7 @@ from polyclinic.errors import MessageError, ProtocolError
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Leaf, Op
 from polyclinic.secure.bfv import Bfv, Blob, Keys, ProviderName, open_provider
-from polyclinic.secure.fixed_point import FULL, Lanes, Layout
+from polyclinic.secure.fixed_point import FULL, Lanes, Layout, word
 from polyclinic.secure.hidden import AttemptFailed, Contribution, Opened, ask, enter, layout_of, own_lanes
 from polyclinic.secure.keystream import add_streams
 from polyclinic.secure.session import (
@@ -57,6 +59,7 @@ from polyclinic.secure.session import (
     answering,
     as_array,
     as_bytes,
+    blaming,
     digest,
     forward,
     forwarded,
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
 
 SPARE = 4
 """Bits that a limb leaves free in its field: sums of 16 limbs fit."""
+_CHUNK = 1 << 15  # pairs: all that is made of them stays in the cache
 
 
 class Scheme(Protocol):
@@ -129,38 +133,81 @@ class RingSum:
             AttemptFailed: A site refused or failed: the ring is broken.
         """
         sites = attempt.sites
-        everyone = len(sites)
-        keys = ask(channel, attempt, "ring-keys", dict.fromkeys(sites, Message()), everyone)
-        announced = forward(keys)
+        keys = ask(channel, attempt, "ring-keys", dict.fromkeys(sites, Message()), len(sites))
         order = ring_order(attempt, self._roster.keys)
-        first = order[0]
-        own: Keys | None = None
-        if self._scheme.holder == "server":
-            own = self._scheme.new_keys()
-            made, maker = Message({"he/public": as_array(own.public)}), SERVER
-        else:
-            made, maker = ask(channel, attempt, "ring-key", {first: announced}, 1)[first], first
-        calls = {
-            site: Message({**announced.arrays, **_key_for(site, maker, made)}, announced.scalars) for site in sites
-        }
-        ask(channel, attempt, "ring-prepare", calls, everyone)
-        token = Message()
-        for site in order:
-            token = ask(channel, attempt, "ring-pass", {site: token}, 1)[site]
+        first, last = order[0], order[-1]
+        context = _context(first, keys[first])
+        own = self._prepare(channel, attempt, first, forward(keys))
+        hand = partial(self._hand, channel, attempt, context)
+        token = Passed("", 0, Message())
+        for parts, site in enumerate(order, 1):
+            token = Passed(site, parts, hand("ring-pass", site, token))
         if own is not None:
             try:
-                blob = _checked_token(self._roster, context, order[-1], everyone, token)
-                return Opened(sites, everyone, self._scheme.decrypt(None, layout, blob, own.secret))
+                blob = token.blob(self._roster, context)
+                return Opened(sites, len(sites), self._scheme.decrypt(None, layout, blob, own.secret))
             except ProtocolError as error:
-                raise AttemptFailed(f"the server refused the token: {error}", {"server": order[-1]}) from error
-        said = self._hand(channel, attempt, "ring-open", first, order, context, token)
+                raise AttemptFailed(f"the server refused the token: {error}", {"server": last}) from error
+        said = hand("ring-open", first, token)
         try:
             total = Contribution.unpack(said, layout)
             signature = as_bytes(said.arrays["signed/sum"])
             self._roster.verify(first, statement(context, "sum", *total.digests()), signature)
         except (ProtocolError, MessageError, KeyError) as error:
             raise AttemptFailed(f"the server refused the sum of site {first!r}: {error}", {"server": first}) from error
-        return Opened(sites, everyone, total.signed())
+        return Opened(sites, len(sites), total.signed())
+
+    def _prepare(self, channel: Channel, attempt: Attempt, first: str, announced: Message) -> Keys | None:
+        """Have a key made and all parts encrypted; returns the server's own key, where it holds one."""
+        sites = attempt.sites
+        # All check all keys, so that most of them blame whoever is not of one mind with them.
+        replies = ask(channel, attempt, "ring-key", dict.fromkeys(sites, announced), len(sites))
+        own: Keys | None = None
+        made, maker = replies[first], first
+        if self._scheme.holder == "server":
+            own = self._scheme.new_keys()
+            made, maker = Message({"he/public": as_array(own.public)}), SERVER
+        calls = {site: Message(_key_for(site, maker, made)) for site in sites}
+        ask(channel, attempt, "ring-prepare", calls, len(calls))
+        return own
+
+    def _hand(
+        self, channel: Channel, attempt: Attempt, context: Mapping[str, str], op: str, site: str, token: Passed
+    ) -> Message:
+        """Hand the token to a site. Where it refuses, the server looks for itself whether it is the sender's doing."""
+        try:
+            return ask(channel, attempt, op, {site: token.message}, 1)[site]
+        except AttemptFailed as failure:
+            if token.parts and failure.refused:
+                try:
+                    token.blob(self._roster, context)
+                except ProtocolError as error:
+                    raise AttemptFailed(str(failure), {**failure.refused, "server": token.sender}) from error
+            raise
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A token on its way, and who is to have signed it as the sum of so many parts."""
+
+    sender: str
+    parts: int
+    message: Message
+
+    def blob(self, roster: Roster, context: Mapping[str, str]) -> Blob:
+        """The ciphertexts.
+
+        Raises:
+            ProtocolError: ``sender`` has not signed them as such in this context; blames it.
+        """
+        blob, signature = self.message.arrays.get("token/blob"), self.message.arrays.get("signed/token")
+        if blob is None or signature is None or blob.dtype != torch.uint8:
+            raise ProtocolError(f"site {self.sender!r} was to send a token, and the call holds none.", self.sender)
+        found: Blob = blob.numpy()
+        with blaming(self.sender):
+            signed = statement(context, "token", bytes([self.parts]), digest(found))
+            roster.verify(self.sender, signed, as_bytes(signature))
+        return found
 
 
 def ring_order(attempt: Attempt, roster: Iterable[str]) -> list[str]:
@@ -174,18 +221,21 @@ def ring_order(attempt: Attempt, roster: Iterable[str]) -> list[str]:
 
 
 def begin(scheme: Scheme, site: Site, message: Message) -> Message:
-    """Phase keys."""
-    return enter(site, message, **scheme.facts)
+    """Phase keys. The order of the ring follows from the roster, so all must have the same names on theirs."""
+    return enter(site, message, **scheme.facts, ring=json.dumps(sorted(site.party.credentials.roster.keys)))
 
 
 def make_key(scheme: Scheme, site: Site, message: Message) -> Message:
-    """Phase key, at the initiator: a fresh pair; the secret sealed for every peer, or the public key signed for all."""
+    """Phase key: check all keys. The initiator makes a pair and seals the secret for each, or signs the public key."""
     party = site.party
     session = party.session(message, "key")
-    order = _order(site, session)
-    if scheme.holder == "server" or order[0] != site.name:
-        raise ProtocolError(f"site {site.name!r} is not the one to make this round's key.")
-    _meet(site, session, forwarded(message))
+    announced = forwarded(message)
+    party.meet(session, announced)
+    missing = sorted(set(session.attempt.sites) - set(announced))
+    if missing:
+        raise ProtocolError(f"the keys of site {missing[0]!r} are missing, and masks cancel only over all sites.")
+    if scheme.holder == "server" or _order(site, session)[0] != site.name:
+        return Message()
     keys = scheme.new_keys()
     session.memory["secret"] = keys.secret
     if scheme.holder == "sites":
@@ -200,26 +250,14 @@ def make_key(scheme: Scheme, site: Site, message: Message) -> Message:
 
 def prepare(scheme: Scheme, site: Site, message: Message) -> Message:
     """Phase prepare: read the key of this attempt, then mask, pack and encrypt this site's integers."""
-    party = site.party
-    session = party.session(message, "prepare")
-    told = forwarded(message)
-    made = told.pop(SERVER, None)
+    session = site.party.session(message, "prepare")
     if not session.pairs:
-        _meet(site, session, told)
-    first = _order(site, session)[0]
-    try:
-        if scheme.holder == "server":
-            session.memory["key"] = as_bytes((made or Message()).arrays["he/public"])
-        elif first != site.name and scheme.holder == "sites":
-            session.memory["key"] = party.unseal(session, first, as_bytes(told[first].arrays[f"letters/{site.name}"]))
-        elif first != site.name:
-            public = as_bytes(told[first].arrays["he/public"])
-            party.verify(session, first, as_bytes(told[first].arrays["he/signature"]), "public key", public)
-            session.memory["key"] = public
-        key = session.memory["key"]
-    except KeyError as error:
-        raise ProtocolError(f"the call to prepare lacks the key of this attempt ({error}).", first) from None
-    session.memory["part"] = scheme.encrypt(site, session, key, first=first == site.name)
+        raise ProtocolError(f"site {site.name!r} has not checked the keys of the others yet.")
+    maker = SERVER if scheme.holder == "server" else _order(site, session)[0]
+    if maker != site.name:
+        made = forwarded(message).get(maker, Message())
+        session.memory["key"] = _read_key(scheme, site, session, maker, made)
+    session.memory["part"] = scheme.encrypt(site, session, session.memory["key"], maker)
     return Message()
 
 
@@ -229,14 +267,16 @@ def pass_on(scheme: Scheme, site: Site, message: Message) -> Message:
     session = party.session(message, "pass")
     order = _order(site, session)
     hop = order.index(site.name)
-    token = session.memory.pop("part", None)
-    if token is None:
+    part = session.memory.pop("part", None)
+    if part is None:
         raise ProtocolError(f"site {site.name!r} has prepared nothing to add to the token.")
     if hop:
-        before = _checked_token(party.credentials.roster, session.context, order[hop - 1], hop, message)
-        token = scheme.add(session, token, before, hop)
-    signature = party.sign(session, "token", bytes([hop + 1]), digest(token))
-    return Message({"token/blob": torch.from_numpy(token), "signed/token": as_array(signature)})
+        before = order[hop - 1]
+        token = Passed(before, hop, message).blob(party.credentials.roster, session.context)
+        with blaming(before):
+            part = scheme.add(session, part, token, hop)
+    signature = party.sign(session, "token", bytes([hop + 1]), digest(part))
+    return Message({"token/blob": torch.from_numpy(part), "signed/token": as_array(signature)})
 
 
 def open_sum(scheme: Scheme, site: Site, message: Message) -> Message:
@@ -246,9 +286,10 @@ def open_sum(scheme: Scheme, site: Site, message: Message) -> Message:
     order = _order(site, session)
     if order[0] != site.name or "secret" not in session.memory:
         raise ProtocolError(f"site {site.name!r} is not the one to open this sum.")
-    token = _checked_token(party.credentials.roster, session.context, order[-1], len(order), message)
+    token = Passed(order[-1], len(order), message).blob(party.credentials.roster, session.context)
     party.journal.open(session.attempt, session.attempt.sites)
-    lanes = scheme.decrypt(session, layout_of(site, session.attempt), token, session.memory.pop("secret"))
+    with blaming(order[-1]):
+        lanes = scheme.decrypt(session, layout_of(site, session.attempt), token, session.memory.pop("secret"))
     total = Contribution.of(lanes)
     return Message({**total.arrays(), "signed/sum": as_array(party.sign(session, "sum", *total.digests()))})
 
@@ -257,11 +298,18 @@ def _order(site: Site, session: Session) -> list[str]:
     return ring_order(session.attempt, site.party.credentials.roster.keys)
 
 
-def _meet(site: Site, session: Session, announced: Mapping[str, Message]) -> None:
-    site.party.meet(session, announced)
-    missing = sorted(set(session.attempt.sites) - set(announced))
-    if missing:
-        raise ProtocolError(f"the keys of site {missing[0]!r} are missing, and masks cancel only over all sites.")
+def _read_key(scheme: Scheme, site: Site, session: Session, maker: str, made: Message) -> bytes:
+    """The key that ``maker`` made, if it is meant for this site."""
+    party = site.party
+    try:
+        if scheme.holder == "sites":
+            return party.unseal(session, maker, as_bytes(made.arrays[f"letters/{site.name}"]))
+        public = as_bytes(made.arrays["he/public"])
+        if scheme.holder == "initiator":
+            party.verify(session, maker, as_bytes(made.arrays["he/signature"]), "public key", public)
+    except KeyError as error:
+        raise ProtocolError(f"the call to prepare lacks the key of this attempt ({error}).", maker) from None
+    return public
 
 
 def _key_for(site: str, maker: str, made: Message) -> dict[str, Tensor]:
@@ -269,17 +317,14 @@ def _key_for(site: str, maker: str, made: Message) -> dict[str, Tensor]:
     return {f"{maker}/{k}": a for k, a in made.arrays.items() if k in (f"letters/{site}", "he/public", "he/signature")}
 
 
-def _checked_token(
-    roster: Roster, context: Mapping[str, str], sender: str, parts: int, message: Message
-) -> NDArray[np.uint8]:
-    """The token, if ``sender`` signed it as one of so many parts."""
+def _context(site: str, keys: Message) -> dict[str, str]:
+    """What a site says all are to agree on; that they do is what the sites check of each other."""
     try:
-        blob: NDArray[np.uint8] = message.arrays["token/blob"].numpy()
-        signature = as_bytes(message.arrays["signed/token"])
-    except KeyError:
-        raise ProtocolError("the call holds no token.", sender) from None
-    roster.verify(sender, statement(context, "token", bytes([parts]), digest(blob)), signature)
-    return blob
+        context: dict[str, str] = json.loads(str(keys.scalars["context"]))
+    except (KeyError, ValueError, RecursionError) as error:
+        reason = f"the server refused the keys of site {site!r}, whose context cannot be read ({error})."
+        raise AttemptFailed(reason, {"server": site}) from None
+    return context
 
 
 class BfvScheme:
@@ -305,12 +350,13 @@ class BfvScheme:
         """A pair for one attempt."""
         return self.bfv.new_keys()
 
-    def encrypt(self, site: Site, session: Session, key: bytes, *, first: bool) -> Blob:
+    def encrypt(self, site: Site, session: Session, key: bytes, maker: str) -> Blob:
         """Pack, add the masks that all pairs share, encrypt."""
         vector = pack(own_lanes(site, session), self.width)
         add_streams(vector, [site.party.pair_stream(session, peer) for peer in sorted(session.pairs)])
         vector &= np.uint64((1 << 2 * self.width) - 1)
-        return self.bfv.encrypt(vector, key)
+        with blaming(maker):
+            return self.bfv.encrypt(vector, key)
 
     def add(self, session: Session, own: Blob, token: Blob, hop: int) -> Blob:
         """Add coefficient by coefficient."""
@@ -321,8 +367,13 @@ class BfvScheme:
 
     def decrypt(self, session: Session | None, layout: Layout, token: Blob, secret: bytes) -> Lanes:
         """Decrypt and unpack; masks have cancelled."""
+        length = _length({bits: layout.count(bits) for bits in layout.widths}, self.width)
+        if len(token) != self.bfv.size(length):
+            raise ProtocolError(f"the token has {len(token)} bytes and not those of {length} integers.")
         vector = self.bfv.decrypt(token, secret)
-        return unpack(vector & np.uint64((1 << 2 * self.width) - 1), layout, self.width)
+        if len(vector) != length:
+            raise ProtocolError(f"the token holds {len(vector)} integers instead of {length}.")
+        return unpack(vector, layout, self.width)
 
 
 def pack(lanes: Lanes, width: int) -> NDArray[np.uint64]:
@@ -331,61 +382,54 @@ def pack(lanes: Lanes, width: int) -> NDArray[np.uint64]:
     Narrow lanes fill a field each, as signed numbers. Wider ones are cut into limbs that leave ``SPARE`` bits of their
     field, so that 16 of them can be added; what a limb carries goes to the next one only when the sum is unpacked.
     """
-    parts = []
-    for bits in sorted(lanes, reverse=True):
+    counts = {bits: len(values) for bits, values in lanes.items()}
+    vector = np.empty(_length(counts, width), np.uint64)
+    for bits, shift, start in _pieces(counts, width):
         values = lanes[bits]
-        if bits < FULL:
-            parts.append(_pairs(values, width))
-            continue
-        unsigned = values.view(f"u{values.itemsize}").astype(np.uint64)
-        size = width - SPARE
-        low = np.uint64((1 << size) - 1)
-        parts += [_pairs((unsigned >> np.uint64(at)) & low, width) for at in range(0, bits, size)]
-    return np.concatenate(parts)
+        for at in range(0, len(values), 2 * _CHUNK):
+            part = values[at : at + 2 * _CHUNK]
+            if bits >= FULL:
+                part = (part.astype(np.int64) >> shift) & ((1 << (width - SPARE)) - 1)
+            into = vector[start + at // 2 :][: (len(part) + 1) // 2].view(np.int64)
+            into[-1] = 0  # the upper field of an odd one out
+            into[: len(part) // 2] = part[1::2]
+            into <<= width
+            into += part[0::2]
+            into &= (1 << 2 * width) - 1
+    return vector
 
 
 def unpack(vector: NDArray[np.uint64], layout: Layout, width: int) -> Lanes:
-    """Lanes of a sum of at most 16 packed vectors, signed; the inverse of ``pack``."""
-    lanes: Lanes = {}
-    at = 0
-    for bits in layout.widths:
-        count = layout.count(bits)
-        half = (count + 1) // 2
-        if bits < FULL:
-            fields = _fields(vector[at : at + half], count, width, signed=True)
-            lanes[bits] = fields.astype(np.int16 if bits <= 16 else np.int32)
-            at += half
-            continue
-        total = np.zeros(count, dtype=np.uint64)
-        for shift in range(0, bits, width - SPARE):
-            limbs = _fields(vector[at : at + half], count, width, signed=False).view(np.uint64)
-            total += limbs << np.uint64(shift)
-            at += half
-        lanes[bits] = total.astype(f"u{bits // 8}").view(f"i{bits // 8}")
+    """Lanes of a sum of at most 16 packed vectors, signed; the inverse of ``pack``. Higher bits are left out."""
+    counts = {bits: layout.count(bits) for bits in layout.widths}
+    lanes: Lanes = {bits: np.zeros(count, np.dtype(f"i{word(bits)}")) for bits, count in counts.items()}
+    for bits, shift, start in _pieces(counts, width):
+        for at in range(0, counts[bits], 2 * _CHUNK):
+            into = lanes[bits][at : at + 2 * _CHUNK]
+            pairs = vector[start + at // 2 :][: (len(into) + 1) // 2].view(np.int64)
+            low = pairs & ((1 << width) - 1)
+            if bits < FULL:
+                # A negative low field has borrowed from the upper one, which gets it back.
+                low = _signed(low, width)
+                high = _signed(((pairs - low) >> width) & ((1 << width) - 1), width)
+            else:
+                high = (pairs >> width) & ((1 << width) - 1)
+            for field, every in ((low, into[0::2]), (high, into[1::2])):
+                every += (field[: len(every)] << shift).astype(into.dtype)
     return lanes
 
 
-def _pairs(values: NDArray[Any], width: int) -> NDArray[np.uint64]:
-    """Two numbers in one, low field first, modulo ``2**(2 * width)``."""
-    pairs = np.zeros((len(values) + 1) // 2, dtype=np.int64)
-    pairs[: len(values) // 2] = values[1::2]
-    pairs <<= width
-    pairs += values[0::2].astype(np.int64)
-    pairs &= (1 << 2 * width) - 1
-    return pairs.view(np.uint64)
+def _pieces(counts: Mapping[int, int], width: int) -> Iterator[tuple[int, int, int]]:
+    """What lies where in a packed vector: width of the lanes, lowest bit of the limbs, place of the first pair."""
+    start = 0
+    for bits in sorted(counts, reverse=True):
+        for shift in range(0, bits, width - SPARE) if bits >= FULL else (0,):
+            yield bits, shift, start
+            start += (counts[bits] + 1) // 2
 
 
-def _fields(pairs: NDArray[np.uint64], count: int, width: int, *, signed: bool) -> NDArray[np.int64]:
-    """The two numbers again; a signed low field takes its borrow back from the high one."""
-    whole = pairs.view(np.int64)
-    low = whole & ((1 << width) - 1)
-    if signed:
-        low = _signed(low, width)
-    high = ((whole - low) >> width) & ((1 << width) - 1)
-    fields = np.empty(2 * len(pairs), dtype=np.int64)
-    fields[0::2] = low
-    fields[1::2] = _signed(high, width) if signed else high
-    return fields[:count]
+def _length(counts: Mapping[int, int], width: int) -> int:
+    return sum((counts[bits] + 1) // 2 for bits, _, _ in _pieces(counts, width))
 
 
 def _signed(values: NDArray[np.int64], width: int) -> NDArray[np.int64]:

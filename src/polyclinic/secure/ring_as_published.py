@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from polyclinic.errors import StudyError
 from polyclinic.secure.bfv import Blob, Keys
 from polyclinic.secure.ckks_as_published import CkksAsPublished
-from polyclinic.secure.fixed_point import WEIGHT_STEPS, WIDE, Lanes, Layout, decode
+from polyclinic.secure.fixed_point import WEIGHT_STEPS, WIDE, Lanes, Layout, decode, word
 from polyclinic.secure.hidden import layout_of, own_lanes
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ class PublishedScheme:
         """One context, the secret key included."""
         return Keys(CkksAsPublished().keys(secret=True), b"")
 
-    def encrypt(self, site: Site, session: Session, key: bytes, *, first: bool) -> Blob:
+    def encrypt(self, site: Site, session: Session, key: bytes, maker: str) -> Blob:
         """Weighted values as floats, under the mask if this is the initiator, encrypted tensor by tensor."""
         layout = layout_of(site, session.attempt)
         tensors = _tensors(own_lanes(site, session), layout, len(session.attempt.sites))
-        if first:
+        if maker == site.name:
             draw = np.random.default_rng()
             masks = [draw.normal(0.0, MASK_SIGMA, len(t)).astype(np.float32) for t in tensors]
             session.memory["mask"] = masks
@@ -90,12 +90,13 @@ def _tensors(lanes: Lanes, layout: Layout, sites: int) -> list[NDArray[np.float3
 
 
 def _lanes(tensors: list[NDArray[np.float64]], layout: Layout, sites: int) -> Lanes:
-    parts: dict[int, list[NDArray[np.float64]]] = {WIDE: [tensors[0] * WEIGHT_STEPS]}
+    # The mask's rounding may push a weight of zero below it, and a value at the edge of its lanes over that.
+    parts: dict[int, list[NDArray[np.float64]]] = {WIDE: [np.maximum(tensors[0], 0.0) * WEIGHT_STEPS]}
     for entry, tensor in zip((e for e in layout.entries if e.size), tensors[1:], strict=True):
         parts.setdefault(entry.bits, []).append(tensor * entry.scale(sites))
-    return {
-        bits: np.rint(np.concatenate(parts.get(bits, [np.empty(0)]))).astype(
-            f"i{2 if bits <= 16 else 8 if bits > 32 else 4}"
-        )
-        for bits in layout.widths
-    }
+    lanes: Lanes = {}
+    for bits in layout.widths:
+        steps = np.rint(np.concatenate(parts.get(bits, [np.empty(0)])))
+        kind = np.iinfo(f"i{word(bits)}")
+        lanes[bits] = np.clip(steps, kind.min, np.nextafter(kind.max, 0.0)).astype(kind.dtype)
+    return lanes

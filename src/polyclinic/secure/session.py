@@ -207,7 +207,7 @@ class Party:
         self.job, self.credentials, self.journal = job, credentials, Journal(journal)
         self.name = credentials.identity.site
         self.held: Mapping[str, torch.Tensor] | None = None
-        """Arrays of this round that leave only in a sum; in memory, since writing them costs as much as masking them."""
+        """Arrays of this round that leave only in a sum; in memory: writing them would cost as much as masking."""
         self._session: Session | None = None
 
     def begin(self, attempt: Attempt, number: int, facts: Mapping[str, str]) -> Message:
@@ -296,7 +296,7 @@ class Party:
             aes = bytes([bool(told.scalars["aes"])])
             public = as_bytes(keys["mask"]) + as_bytes(keys["seal"])
             signature = as_bytes(keys["signature"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise ProtocolError(f"the keys of site {peer!r} are incomplete ({error}).", peer) from None
         if context != session.context:
             known = {**session.context, **context} if isinstance(context, dict) else {"context": ""}
@@ -417,7 +417,13 @@ def as_array(data: bytes) -> torch.Tensor:
 
 
 def as_bytes(array: torch.Tensor) -> bytes:
-    """Bytes of an array made by ``as_array``."""
+    """Bytes of an array made by ``as_array``.
+
+    Raises:
+        ProtocolError: It is an array of something else.
+    """
+    if array.dtype != torch.uint8:
+        raise ProtocolError(f"{array.dtype} came where bytes were due.")
     return bytes(array.contiguous().numpy().data)
 
 
