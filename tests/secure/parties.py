@@ -213,7 +213,9 @@ def consortium(
     assert isinstance(side.sums, HiddenSum)
     watched = Watched(side.sums._protocol)
     channel = LocalChannel(sites, tolerant=tolerant)
-    return Consortium(study, sites, channel, HiddenSum(watched), drawn, dict(weights), watched.opened)
+    return Consortium(
+        study, sites, channel, HiddenSum(watched, tolerant=tolerant), drawn, dict(weights), watched.opened
+    )
 
 
 def random_arrays(name: str) -> dict[str, Tensor]:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from parties import consortium, random_arrays
 from toys import sites, toy_study, trained
 
 import polyclinic
-from polyclinic.errors import PolyclinicError, StudyError
+from polyclinic.errors import PolyclinicError, SiteError, StudyError
 from polyclinic.secure.backends import _loaded
 from polyclinic.study import load_study
 
@@ -119,3 +121,21 @@ def test_keys_that_do_not_fit_are_refused_before_training(tiny_file: File, tmp_p
 @pytest.fixture(autouse=True)
 def _no_kept_keys() -> None:
     _loaded.cache_clear()
+
+
+def too_large(name: str) -> dict[str, torch.Tensor]:
+    """At site b, a value that no lane carries."""
+    return {key: tensor * (1e9 if name == "b" else 1) for key, tensor in random_arrays(name).items()}
+
+
+def test_a_site_that_keeps_refusing_is_left_out_or_ends_the_run(tmp_path: Path) -> None:
+    tolerant = consortium(tmp_path / "a", 5, arrays=too_large)
+    total = tolerant.sum()
+    wanted = tolerant.mean(["a", "c", "d", "e"])
+    for name, tensor in total.mean("update").items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-5)
+    assert len(tolerant.sums.incidents) == 2
+    strict = consortium(tmp_path / "b", 5, arrays=too_large, tolerant=False)
+    with pytest.raises(SiteError, match="no sum came about: site 'b' refused 'masked-vector': update/"):
+        strict.sum()
+    assert len(strict.sums.incidents) == 2

@@ -639,6 +639,28 @@ def test_nothing_is_encrypted_before_keys_are_checked(tmp_path: Path) -> None:
     assert "has not checked the keys" in str(c.sites["a"].handle("ring-prepare", 1, fresh).scalars["refused"])
 
 
+@pytest.mark.parametrize(
+    ("op", "site", "name"),
+    [("ring-keys", "d", "keys/mask"), ("ring-key", "b", "letters/"), ("ring-pass", "d", "signed/")],
+)
+def test_numbers_in_place_of_bytes_are_refused_and_laid_at_the_senders_door(
+    op: str, site: str, name: str, tmp_path: Path
+) -> None:
+    c = consortium(tmp_path, 4, aggregation=RING)
+
+    def up(called: str, by: str, reply: Message) -> Message:
+        if (called, by) != (op, site):
+            return reply
+        arrays = {k: a.to(torch.bfloat16) if k.startswith(name) else a for k, a in reply.arrays.items()}
+        return Message(arrays, reply.scalars)
+
+    relay(c, up=up)
+    c.sum()
+    assert c.channel.absent == {}
+    assert c.opened["values"][0].sites == tuple(s for s in "abcd" if s != site)
+    assert opened_sums(c) == exact_sums(c)
+
+
 def test_an_initiator_whose_context_is_no_json_is_left_out(tmp_path: Path) -> None:
     c = consortium(tmp_path, 4, aggregation=RING)
 

@@ -56,7 +56,7 @@ class Aggregation:
             f"{', '.join(summed).capitalize()} and their weights leave a site only masked or encrypted; the server "
             "learns their sum over three sites or more."
         )
-        self.sums = HiddenSum(protocol)
+        self.sums = HiddenSum(protocol, tolerant=study.federation.on_absent == "continue")
         self.ops = hide(self.ops, protocol)
 
 

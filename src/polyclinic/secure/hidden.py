@@ -128,13 +128,14 @@ class HiddenSum:
 
     Args:
         protocol: The protocol.
+        tolerant: Go on without a site that keeps refusing; otherwise it ends the run.
 
     Attributes:
         incidents: What was refused and repeated since they were last read.
     """
 
-    def __init__(self, protocol: SumProtocol) -> None:
-        self._protocol = protocol
+    def __init__(self, protocol: SumProtocol, *, tolerant: bool) -> None:
+        self._protocol, self._tolerant = protocol, tolerant
         self._number = 0
         self.incidents: list[str] = []
 
@@ -187,7 +188,7 @@ class HiddenSum:
                 self.incidents.append(f"{op}, {purpose}: {failure}")
                 tried.append(sites)
                 sites = [site for site in sites if site not in channel.absent]
-                if tried.count(sites) > 1:
+                if tried.count(sites) > 1 and self._tolerant:
                     sites = _without_cause(sites, failure.refused)
                 if len(sites) < FEWEST or tried.count(sites) > 1:
                     raise SiteError(f"{op!r}, round {channel.round}: no sum came about: {failure}") from failure

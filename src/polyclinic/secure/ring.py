@@ -301,14 +301,15 @@ def _order(site: Site, session: Session) -> list[str]:
 def _read_key(scheme: Scheme, site: Site, session: Session, maker: str, made: Message) -> bytes:
     """The key that ``maker`` made, if it is meant for this site."""
     party = site.party
-    try:
-        if scheme.holder == "sites":
-            return party.unseal(session, maker, as_bytes(made.arrays[f"letters/{site.name}"]))
-        public = as_bytes(made.arrays["he/public"])
-        if scheme.holder == "initiator":
-            party.verify(session, maker, as_bytes(made.arrays["he/signature"]), "public key", public)
-    except KeyError as error:
-        raise ProtocolError(f"the call to prepare lacks the key of this attempt ({error}).", maker) from None
+    with blaming(maker):
+        try:
+            if scheme.holder == "sites":
+                return party.unseal(session, maker, as_bytes(made.arrays[f"letters/{site.name}"]))
+            public = as_bytes(made.arrays["he/public"])
+            if scheme.holder == "initiator":
+                party.verify(session, maker, as_bytes(made.arrays["he/signature"]), "public key", public)
+        except KeyError as error:
+            raise ProtocolError(f"the call to prepare lacks the key of this attempt ({error}).") from None
     return public
 
 

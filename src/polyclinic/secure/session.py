@@ -296,7 +296,7 @@ class Party:
             aes = bytes([bool(told.scalars["aes"])])
             public = as_bytes(keys["mask"]) + as_bytes(keys["seal"])
             signature = as_bytes(keys["signature"])
-        except (KeyError, ValueError, RecursionError) as error:
+        except (KeyError, ValueError, RecursionError, ProtocolError) as error:
             raise ProtocolError(f"the keys of site {peer!r} are incomplete ({error}).", peer) from None
         if context != session.context:
             known = {**session.context, **context} if isinstance(context, dict) else {"context": ""}
