@@ -6,7 +6,7 @@ import inspect
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -236,6 +236,33 @@ def _shown(cell: Mapping[str, Any]) -> str:
     interval = "" if cell["low"] is None else f" [{cell['low']:.3f}, {cell['high']:.3f}]"
     place = f" {cell['site']}" if cell.get("site") else ""
     return f"{cell['value']:.3f}{interval}{place}"
+
+
+def audit_collusion(
+    study: Study | Path | str | None,
+    *,
+    out: Path | None = None,
+    observer: Observer | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Path, dict[str, Any]]:
+    """Attack one site's update with what coalitions of parties hold; see ``polyclinic.audit.collusion``.
+
+    Args:
+        study: None: the bundled study.
+        out: Results folder; by default ``runs/<study>-collusion-<time>``.
+        observer: Told of the reading of images.
+        say: Told in a line of each backend that is done.
+
+    Returns:
+        ``collusion.html`` and what ``collusion.json`` beside it holds.
+    """
+    from polyclinic.audit import collusion
+    from polyclinic.results import new_folder
+
+    study = demo_study() if study is None else _loaded(study)
+    folder = new_folder(study.model_copy(update={"name": f"{study.name}-collusion"}), out)
+    found = collusion.audit_collusion(study, Path(folder), observer, say)
+    return folder / "collusion.html", found
 
 
 def build(folder: Path, labels: Path | None, out: Path, *, site: str = "") -> Built:

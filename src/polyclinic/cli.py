@@ -385,9 +385,7 @@ def audit_collusion(
     Exits with 1 if they find something that masked or ring-he should hide.
     """
     loaded = (
-        api.demo_study(_overrides(set_, seed, device))
-        if study is None
-        else _load(study, set_, seed, device, data_root)
+        api.demo_study(_overrides(set_, seed, device)) if study is None else _load(study, set_, seed, device, data_root)
     )
     with _observer(1) as observer:
         page, found = api.audit_collusion(loaded, out=out_, observer=observer, say=_say)
@@ -401,19 +399,31 @@ def audit_collusion(
 
 def _collusion_table(found: dict[str, Any]) -> Table:
     from polyclinic.audit.collusion import COALITIONS, HIDING
-    from polyclinic.audit.page import evidence, worst
+    from polyclinic.audit.page import short, worst
 
-    colors = {"reconstructed": "red", "something shows": "yellow", "nothing found": "green", "nothing to attack": "dim"}
-    neighbours = " and ".join(found["neighbours"])
-    title = f"What they find out about {found['victim']} (its neighbours: {neighbours})"
-    table = Table("backend", *COALITIONS.values(), title=title, box=SIMPLE)
+    words = {
+        "reconstructed": ("red", "found"),
+        "something shows": ("yellow", "shows"),
+        "nothing found": ("green", "nothing"),
+        "nothing to attack": ("dim", "unseen"),
+    }
+    title = f"What they find out about {found['victim']} (beside it: {' and '.join(found['neighbours'])})"
+    caption = (
+        "found: with this relative error; nothing: p of a chi-square test against noise; unseen: nothing to attack"
+    )
+    table = Table(title=title, caption=caption, box=SIMPLE)
+    for heading in ("backend", *COALITIONS.values()):
+        table.add_column(heading.replace("the ", "").replace("neighbours", "beside it"), overflow="fold")
     for entry in found["backends"]:
         cells = []
         for kind in () if entry["missing"] else COALITIONS:
             row = worst(entry, kind)
-            color = "" if kind == "everyone" and entry["backend"] in HIDING else colors[row["verdict"]]
-            cells.append(f"[{color or 'default'}]{row['verdict']}[/]\n[dim]{escape(evidence(row))}[/dim]")
-        table.add_row(entry["name"], *(cells or ["not tried: a library is missing here"]))
+            color, word = words[row["verdict"]]
+            color = "default" if kind == "everyone" and entry["backend"] in HIDING else color
+            number = f"p {short(row['p'])}" if row.get("modular") else ""
+            number = short(row["relative"]) if word == "found" else number
+            cells.append(f"[{color}]{word}[/]\n[dim]{number}[/dim]" if number else f"[{color}]{word}[/]")
+        table.add_row(entry["name"], *(cells or ["no library"]))
     return table
 
 

@@ -1,0 +1,1 @@
+"""Attacks on what a study sends, run against its own data by its own owners."""
