@@ -34,7 +34,7 @@ OURS: dict[str, Json] = {
 OP = "train"
 BYTES = ", bytes"
 """Added to the name of an op: reading and writing its messages."""
-ONE_SITE = ("ring-key", "ring-open")
+ONE_SITE = ("ring-open",)
 """Ops that one site does for all."""
 YARDSTICK = 2**26
 

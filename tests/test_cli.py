@@ -28,6 +28,8 @@ COMMANDS = [
     [],
     *(["demo"], ["run"], ["compare"], ["check"], ["predict"], ["report"], ["methods"], ["schema"], ["data"]),
     *(["data", name] for name in ("build", "split", "partition", "phantom", "import")),
+    ["audit"],
+    ["audit", "collusion"],
     *(["keys"], *(["keys", name] for name in ("new", "show", "trust", "pair"))),
 ]
 

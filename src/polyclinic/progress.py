@@ -75,7 +75,9 @@ class TerminalObserver:
         """A site has answered."""
         if op != "train":
             summing = op.startswith(("masked-", "ring-"))
-            self._show("sites", self._sites, self._sites, "summing" if summing else {"test": "testing"}.get(op, "judging"))
+            self._show(
+                "sites", self._sites, self._sites, "summing" if summing else {"test": "testing"}.get(op, "judging")
+            )
             return
         self._answered.add(site)
         heard = "" if loss is None else f"{site}: loss {loss:.3f}"

@@ -342,6 +342,9 @@ class AggregationSettings(Settings):
     32-bit lanes carry 256 times as much and refuse more; narrower ones cut it and carry it over to the next round."""
     key_holder: Literal["sites", "initiator", "server"] = "sites"
     """ring-he: who can decrypt: all sites with a common key, or the round's first site, or the server."""
+    fewest: int | None = Field(None, ge=3, le=16)
+    """All but plain: a site takes part in no sum over fewer sites; empty: more than two thirds of those that a round
+    asks, and three at least. A server that could ask fewer could surround a site with its friends."""
     provider: Literal["auto", "seal", "tenseal"] = "auto"
     """ring-he: the library of homomorphic encryption; ``auto``: seal where it is installed, else tenseal."""
 
@@ -435,6 +438,11 @@ class Study(Settings):
     @classmethod
     def _named_backend(cls, value: Any) -> Any:
         return {"backend": value} if isinstance(value, str) else value
+
+    def cohort_size(self, sites: int) -> int:
+        """How many of so many sites train in a round."""
+        share: float = self.method.participation
+        return max(1, round(share * sites))
 
     @property
     def digest(self) -> str:

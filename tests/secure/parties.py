@@ -214,7 +214,13 @@ def consortium(
     watched = Watched(side.sums._protocol)
     channel = LocalChannel(sites, tolerant=tolerant)
     return Consortium(
-        study, sites, channel, HiddenSum(watched, tolerant=tolerant), drawn, dict(weights), watched.opened
+        study,
+        sites,
+        channel,
+        HiddenSum(watched, tolerant=tolerant, least=side.least),
+        drawn,
+        dict(weights),
+        watched.opened,
     )
 
 

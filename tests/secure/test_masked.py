@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -174,12 +175,40 @@ def test_many_sites_of_many_may_be_lost(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_one_more_lost_site_than_the_threshold_allows_takes_a_fresh_attempt(tmp_path: Path) -> None:
-    made = consortium(tmp_path, 5)
+    made = consortium(tmp_path, 5, aggregation={"backend": "masked", "fewest": 3})
     made.meddle(Fault("masked-vector", nothing, ("b", "d")))
     made.sum()
     check_exact(made, ["a", "c", "e"], asked=list("abcde"))
     (incident,) = made.sums.incidents
     assert incident == "train, values: only 3 of at least 4 sites (a, c, e) are left: the sum is not opened."
+
+
+@pytest.mark.parametrize(("fewest", "wanted"), [(None, 7), (3, 3), (9, 9)])
+def test_a_site_takes_no_part_among_a_few(tmp_path: Path, fewest: int | None, wanted: int) -> None:
+    """Else a server with two sites on its side could ask these and a third, and subtract."""
+    made = consortium(tmp_path, 10, aggregation={"backend": "masked", "fewest": fewest})
+    made.sum()
+    for count in range(3, 11):
+        attempt = Attempt("train", "counts", 1, time.time_ns() // 1_000_000 + count, tuple("abcdefghij"[:count]))
+        answer = made.sites["a"].handle("masked-keys", 1, attempt.message())
+        said = f"only {count} of at least {wanted} sites"
+        assert said in answer.scalars.get("refused", "") if count < wanted else "keys/mask" in answer.arrays
+
+
+def test_the_same_sum_is_not_opened_with_other_totals(tmp_path: Path) -> None:
+    """Two sums with other multiples of the same updates would have the difference of their multiples as difference."""
+    made = consortium(tmp_path, 4)
+    made.sum()
+    (layout,) = {Pending.of(site).layout for site in made.sites.values()}
+    total = sum(int(weight * 2**16) for weight in made.weights.values())
+    for totals, opened in (((total,), True), ((total // 2,), False), ((total,), True)):
+        attempt = Attempt("train", "values", 1, time.time_ns() // 1_000_000 + 10, tuple("abcd"), totals)
+        time.sleep(0.02)
+        if opened:
+            assert made.sums._protocol.add(made.channel, attempt, layout).sites == tuple("abcd")
+        else:
+            with pytest.raises(AttemptFailed, match="opening it again with other totals of weights"):
+                made.sums._protocol.add(made.channel, attempt, layout)
 
 
 @pytest.mark.parametrize(("count", "lost"), [(3, ("b",)), (4, ("a", "c")), (5, ("a", "b", "c"))])

@@ -81,7 +81,7 @@ def test_a_site_killed_in_training_and_the_rounds_after(tmp_path: Path, moment: 
 
 
 def test_two_killed_of_five_take_a_fresh_attempt(tmp_path: Path) -> None:
-    made = consortium(tmp_path, 5)
+    made = consortium(tmp_path, 5, aggregation={"backend": "masked", "fewest": 3})
     with ProcessChannel(made.sites, {("b", "masked-vector"): "during", ("e", "masked-vector"): "before"}) as channel:
         made.channel = channel  # type: ignore[assignment]
         made.sum()

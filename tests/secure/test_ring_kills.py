@@ -74,11 +74,11 @@ def test_two_sites_die_and_two_are_too_few(tmp_path: Path) -> None:
             c.sum()
 
 
-def test_two_of_five_die_in_turn(tmp_path: Path) -> None:
-    c = consortium(tmp_path, 5, aggregation=RING | {"key_holder": "initiator"})
+def test_two_of_seven_die_in_turn(tmp_path: Path) -> None:
+    c = consortium(tmp_path, 7, aggregation=RING | {"key_holder": "initiator"})
     kills: dict[tuple[str, str], Moment] = {("b", "ring-open"): "during", ("d", "ring-pass"): "after"}
     with InOneSum(c.sites, "values", kills) as channel:
         c.channel = channel  # type: ignore[assignment]
         c.sum()
-    assert c.opened["values"][0].sites == ("a", "c", "e")
+    assert c.opened["values"][0].sites == ("a", "c", "e", "f", "g")
     assert opened_sums(c) == exact_sums(c)

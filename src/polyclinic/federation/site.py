@@ -113,11 +113,12 @@ class Site:
         Raises:
             SiteError: The site was given no key.
         """
-        from polyclinic.secure.session import Party
+        from polyclinic.secure.session import Party, least_sites
 
         if self._credentials is None:
             raise SiteError(f"site {self.name!r} has no key for secure sums.")
-        return Party(self.study.digest, self._credentials, self.state.folder / "sums.json")
+        least = least_sites(self.study, len(self._credentials.roster.keys))
+        return Party(self.study.digest, self._credentials, self.state.folder / "sums.json", least)
 
     def handle(self, op: str, number: int, message: Message) -> Message:
         """Answer one call; nothing leaves that the op did not declare.

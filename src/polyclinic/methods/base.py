@@ -118,7 +118,7 @@ def keep_local(site: Site, received: Mapping[str, Tensor]) -> None:
 
 def draw_cohort(study: Study, sites: Sequence[str], number: int) -> list[str]:
     """The sites that train in round ``number``: a share ``participation`` of the roster, without replacement."""
-    count = max(1, round(study.method.participation * len(sites)))
+    count = study.cohort_size(len(sites))
     if count == len(sites):
         return list(sites)
     rng = generator(study.seed, "cohort", number)

@@ -29,6 +29,7 @@ class Aggregation:
     Attributes:
         backend: Name of the backend that is used.
         hidden: What it keeps from the server, in a sentence for the report; empty where that is nothing.
+        least: Sites that a sum needs.
         sums: What the method's server script gets.
         ops: The method's ops as sites run them, with those of the backend.
         credentials: Keys per site; empty for the plain sum.
@@ -42,30 +43,33 @@ class Aggregation:
         self.ops: Mapping[str, Op] = method.ops()
         self.sums: SecureSum = PlainSum()
         self.credentials: Mapping[str, Credentials] = {}
-        self.hidden = ""
+        self.hidden, self.least = "", 1
         summed = _summed(method)
         self.backend = study.aggregation.backend if summed else "plain"
         if self.backend == "plain":
             return
         check_cohort(study, method, len(sites))
         from polyclinic.secure.hidden import HiddenSum, hide
+        from polyclinic.secure.session import least_sites
 
         self.credentials = _credentials(study.federation, tuple(sites))
-        protocol = _protocol(study, next(iter(self.credentials.values())).roster)
+        roster = next(iter(self.credentials.values())).roster
+        self.least = least_sites(study, len(roster.keys))
+        protocol = _protocol(study, roster, self.least)
         self.hidden = (
             f"{', '.join(summed).capitalize()} and their weights leave a site only masked or encrypted; the server "
-            "learns their sum over three sites or more."
+            f"learns their sum over {self.least} sites or more."
         )
-        self.sums = HiddenSum(protocol, tolerant=study.federation.on_absent == "continue")
+        self.sums = HiddenSum(protocol, least=self.least, tolerant=study.federation.on_absent == "continue")
         self.ops = hide(self.ops, protocol)
 
 
-def _protocol(study: Study, roster: Roster) -> SumProtocol:
+def _protocol(study: Study, roster: Roster, least: int) -> SumProtocol:
     settings = study.aggregation
     if settings.backend == "masked":
         from polyclinic.secure.masked import MaskedSum
 
-        return MaskedSum(roster)
+        return MaskedSum(roster, least)
     from polyclinic.secure.ring import BfvScheme, RingSum
 
     if settings.backend == "ring-he":
@@ -106,14 +110,15 @@ def check_cohort(study: Study, method: Method, sites: int) -> None:
         return
     from polyclinic.secure.session import FEWEST, MOST
 
-    cohort = max(1, round(study.method.participation * sites))
+    cohort = study.cohort_size(sites)
     if cohort == FEWEST - 1:
         raise StudyError(
             f"aggregation.backend {backend}: two sites take part in a round, and each would find the other's update by "
             f"subtracting its own from the sum, whatever the encryption. Take {FEWEST} sites or more."
         )
-    if not FEWEST <= cohort <= MOST:
+    fewest = max(FEWEST, study.aggregation.fewest or 0)
+    if not fewest <= cohort <= MOST:
         raise StudyError(
             f"aggregation.backend {backend}: {cohort} of {sites} sites take part in a round; a secure sum needs "
-            f"{FEWEST} to {MOST}. Change method.participation or the sites, or use aggregation.backend: plain."
+            f"{fewest} to {MOST}. Change method.participation or the sites, or use aggregation.backend: plain."
         )

@@ -27,7 +27,7 @@ from polyclinic.federation.message import Message
 from polyclinic.federation.site import Leaf, Op, check_declared
 from polyclinic.secure.fixed_point import WEIGHT_STEPS, Lanes, Layout, decode, encode, plan, weight_steps, word
 from polyclinic.secure.keystream import Keystream, add_streams
-from polyclinic.secure.session import FEWEST, Attempt, Session, digest, too_few
+from polyclinic.secure.session import Attempt, Session, digest, too_few
 from polyclinic.secure.sum import Total
 from polyclinic.seeds import generator
 
@@ -128,14 +128,15 @@ class HiddenSum:
 
     Args:
         protocol: The protocol.
+        least: Sites that refuse a sum over fewer than so many need not be asked.
         tolerant: Go on without a site that keeps refusing; otherwise it ends the run.
 
     Attributes:
         incidents: What was refused and repeated since they were last read.
     """
 
-    def __init__(self, protocol: SumProtocol, *, tolerant: bool) -> None:
-        self._protocol, self._tolerant = protocol, tolerant
+    def __init__(self, protocol: SumProtocol, *, tolerant: bool, least: int) -> None:
+        self._protocol, self._tolerant, self._least = protocol, tolerant, least
         self._number = 0
         self.incidents: list[str] = []
 
@@ -151,9 +152,9 @@ class HiddenSum:
             layouts[site] = str(reply.scalars["layout"])
             scalars[site] = {name: value for name, value in reply.scalars.items() if name != "layout"}
         sites = sorted(scalars)
-        if len(sites) < FEWEST:
+        if len(sites) < self._least:
             reasons = "; ".join(f"{site}: {reason}" for site, reason in channel.absent.items())
-            raise SiteError(f"{op!r}, round {channel.round}: {too_few(sites)} {reasons}".rstrip())
+            raise SiteError(f"{op!r}, round {channel.round}: {too_few(sites, self._least)} {reasons}".rstrip())
         layout = _common(layouts)
         counts = self._add(channel, op, "counts", sites, Layout((), layout.groups))
         totals = tuple(map(int, counts.lanes[64]))
@@ -190,7 +191,7 @@ class HiddenSum:
                 sites = [site for site in sites if site not in channel.absent]
                 if tried.count(sites) > 1 and self._tolerant:
                     sites = _without_cause(sites, failure.refused)
-                if len(sites) < FEWEST or tried.count(sites) > 1:
+                if len(sites) < self._least or tried.count(sites) > 1:
                     raise SiteError(f"{op!r}, round {channel.round}: no sum came about: {failure}") from failure
 
 

@@ -35,7 +35,6 @@ from polyclinic.federation.site import Leaf, Op
 from polyclinic.secure.hidden import AttemptFailed, Contribution, Opened, ask, enter, own_lanes, refusal
 from polyclinic.secure.keystream import Cipher, Keystream
 from polyclinic.secure.session import (
-    FEWEST,
     KEYS,
     REFUSAL,
     Attempt,
@@ -69,10 +68,11 @@ class MaskedSum:
 
     Args:
         roster: Public keys, to check who sent what.
+        least: Sites refuse a sum over fewer.
     """
 
-    def __init__(self, roster: Roster) -> None:
-        self._roster = roster
+    def __init__(self, roster: Roster, least: int) -> None:
+        self._roster, self._least = roster, least
 
     def ops(self) -> dict[str, Op]:
         """The sites' side."""
@@ -94,7 +94,7 @@ class MaskedSum:
         Raises:
             AttemptFailed: A site refused, or too few are left to open.
         """
-        least = max(FEWEST, attempt.threshold)
+        least = max(self._least, attempt.threshold)
         keys = ask(channel, attempt, "masked-keys", dict.fromkeys(attempt.sites, Message()), least)
         announced = forward(keys)
         dealt = ask(channel, attempt, "masked-shares", dict.fromkeys(keys, announced), least)
@@ -206,8 +206,8 @@ def mask(site: Site, message: Message) -> Message:
     sealed = {peer: as_bytes(a) for peer, a in message.group("shares").items()}
     if not set(sealed) <= set(session.pairs):
         raise ProtocolError("shares came from a site that announced no keys.")
-    if len(sealed) + 1 < max(FEWEST, session.attempt.threshold):
-        raise ProtocolError(too_few(sorted([site.name, *sealed]), session.attempt.threshold))
+    if len(sealed) + 1 < party.least_of(session.attempt):
+        raise ProtocolError(too_few(sorted([site.name, *sealed]), party.least_of(session.attempt)))
     letters = {peer: party.unseal(session, peer, letter) for peer, letter in sealed.items()}
     for peer, letter in letters.items():
         if len(letter) != SHARE * (len(session.pairs) + 1):
@@ -231,8 +231,8 @@ def agree_on(site: Site, message: Message) -> Message:
         raise ProtocolError("the list of those whose vector arrived holds others than those that were asked.")
     if arrived != sorted(set(arrived)):
         raise ProtocolError("the list of those whose vector arrived is not sorted or names one twice.")
-    if len(arrived) < max(FEWEST, session.attempt.threshold):
-        raise ProtocolError(too_few(arrived, session.attempt.threshold))
+    if len(arrived) < site.party.least_of(session.attempt):
+        raise ProtocolError(too_few(arrived, site.party.least_of(session.attempt)))
     session.memory["arrived"] = arrived
     signature = site.party.sign(session, "arrived", json.dumps(arrived).encode())
     return Message({"signed/arrived": as_array(signature)})

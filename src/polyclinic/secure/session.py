@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from polyclinic.federation.site import Handler, Site
+    from polyclinic.study import Study
 
 VERSION = "polyclinic secure sum 1"
 FEWEST = 3
@@ -117,7 +118,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._newest, self._round, self._opened = 0, 0, dict[str, list[str]]()
+        self._newest, self._round, self._opened = 0, 0, dict[str, list[list[Any]]]()
         if path.is_file():
             try:
                 kept = json.loads(path.read_text(encoding="utf-8"))
@@ -147,20 +148,22 @@ class Journal:
     def open(self, attempt: Attempt, contributors: Sequence[str]) -> None:
         """Note the opening of a sum before anything that opens it is answered.
 
-        Opened twice in a round for different sets, a site's update, or its weight, would be the difference.
+        Opened twice in a round for different sets, a site's update, or its weight, would be the difference; and opened
+        twice with different totals, other multiples of the same updates.
 
         Raises:
-            ProtocolError: This sum was opened in this round for another set of sites.
+            ProtocolError: This sum was opened in this round for another set of sites, or with other totals.
         """
         key = f"{attempt.purpose} of {attempt.op}"
+        opening: list[list[Any]] = [list(contributors), list(attempt.totals)]
         before = self._opened.get(key)
-        if before is not None and before != list(contributors):
+        if before is not None and before != opening:
+            again = f"for {', '.join(contributors)}" if before[0] != opening[0] else "with other totals of weights"
             raise ProtocolError(
-                f"the sum of {key} in round {attempt.round} was opened for {', '.join(before)}; opening it "
-                f"again for {', '.join(contributors)} would give away the difference. Ask for the same sites again, "
-                "or go on to the next round."
+                f"the sum of {key} in round {attempt.round} was opened for {', '.join(before[0])}; opening it again "
+                f"{again} would give away the difference. Ask for the same sites again, or go on to the next round."
             )
-        self._opened[key] = list(contributors)
+        self._opened[key] = opening
         self._write()
 
     def _write(self) -> None:
@@ -201,14 +204,19 @@ class Party:
         job: What all sites know the job by.
         credentials: Its identity, the pinned roster, secrets shared with single peers.
         journal: File of its journal.
+        least: It takes part in no sum over fewer sites.
     """
 
-    def __init__(self, job: str, credentials: Credentials, journal: Path) -> None:
-        self.job, self.credentials, self.journal = job, credentials, Journal(journal)
+    def __init__(self, job: str, credentials: Credentials, journal: Path, least: int = FEWEST) -> None:
+        self.job, self.credentials, self.journal, self.least = job, credentials, Journal(journal), least
         self.name = credentials.identity.site
         self.held: Mapping[str, torch.Tensor] | None = None
         """Arrays of this round that leave only in a sum; in memory: writing them would cost as much as masking."""
         self._session: Session | None = None
+
+    def least_of(self, attempt: Attempt) -> int:
+        """Sites that must be left for this site to go on in an attempt."""
+        return max(self.least, attempt.threshold)
 
     def begin(self, attempt: Attempt, number: int, facts: Mapping[str, str]) -> Message:
         """Enter an attempt with fresh keys; what came before is forgotten.
@@ -228,8 +236,9 @@ class Party:
         sites = attempt.sites
         if self.name not in sites:
             raise ProtocolError(f"site {self.name!r} was asked for a sum that it has no part in.")
-        if not FEWEST <= len(sites) <= MOST:
-            raise ProtocolError(too_few(sites) if len(sites) < FEWEST else f"at most {MOST} sites can be summed.")
+        if not self.least <= len(sites) <= MOST:
+            few = len(sites) < self.least
+            raise ProtocolError(too_few(sites, self.least) if few else f"at most {MOST} sites can be summed.")
         if attempt.round != number:
             raise ProtocolError(f"a sum of round {attempt.round} was asked for in round {number}.")
         roster = self.credentials.roster.digest(sites)
@@ -270,8 +279,8 @@ class Party:
         attempt = session.attempt
         if not set(announced) <= set(attempt.sites) or self.name not in announced:
             raise ProtocolError("the announced keys are not those of the sites that were asked.")
-        if len(announced) < max(FEWEST, attempt.threshold):
-            raise ProtocolError(too_few(sorted(announced), attempt.threshold))
+        if len(announced) < self.least_of(attempt):
+            raise ProtocolError(too_few(sorted(announced), self.least_of(attempt)))
         aes = True
         for peer, told in announced.items():
             self._check_keys(session, peer, told)
@@ -364,6 +373,12 @@ def statement(context: Mapping[str, str], what: str, *parts: bytes) -> bytes:
     """What is signed: a label, the context and parts, each with its length."""
     pieces = (what.encode(), json.dumps(context, sort_keys=True).encode(), *parts)
     return b"".join(len(piece).to_bytes(8, "big") + piece for piece in pieces)
+
+
+def least_sites(study: Study, roster: int) -> int:
+    """Sites that a sum needs in the eyes of a site that knows the study and how many are on its roster."""
+    cohort = study.cohort_size(roster)
+    return max(FEWEST, study.aggregation.fewest or 2 * cohort // 3 + 1)
 
 
 def too_few(sites: Sequence[str], wanted: int = FEWEST) -> str:
