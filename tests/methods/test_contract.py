@@ -153,9 +153,10 @@ def test_a_round_lost_after_its_sum_was_opened_is_repeated(
     def cut(self: RunFolder, record: Any) -> None:
         raise PowerCutError
 
-    with monkeypatch.context() as patched, pytest.raises(PowerCutError):
+    with monkeypatch.context() as patched:
         patched.setattr(RunFolder, "add_round", cut)
-        Run(study, sites(), folder, Silent()).train()
+        with pytest.raises(PowerCutError):
+            Run(study, sites(), folder, Silent()).train()
     resumed = Run(study, sites(), folder, Silent())
     assert resumed.state.finished == 0
     resumed.train()
