@@ -44,8 +44,8 @@ BACKENDS: dict[str, Json] = {
     "ring-as-published": {"backend": "ring-as-published"},
 }
 METRICS = ("dice", "lesion_sensitivity", "hd95")
-INTRO = f"""`examples/{NAME}.yaml` with its own method, on one thread; the backend alone differs. Test images, judged once.
-Means over seeds with 95% intervals over patients and seeds; differences are paired by patient and seed."""
+INTRO = f"""`examples/{NAME}.yaml` with its own method, on one thread; the backend alone differs. Test images are judged
+once. Means over seeds with 95% intervals over patients and seeds; differences are paired by patient and seed."""
 
 
 def main() -> None:
