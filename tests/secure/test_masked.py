@@ -28,6 +28,7 @@ from polyclinic.federation.site import Leaf, Op
 from polyclinic.secure.backends import check_cohort
 from polyclinic.secure.hidden import AttemptFailed, Pending, own_lanes
 from polyclinic.secure.identity import Identity
+from polyclinic.secure.keystream import Cipher, Keystream
 from polyclinic.secure.session import Attempt, Journal, Party
 from polyclinic.secure.view import Recorder
 
@@ -153,7 +154,7 @@ class Rewinding(LocalChannel):
 def test_many_sites_of_many_may_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Sessions are rewound to ``vector``, from where on sets differ. All sets of up to 12 sites are tried.
 
-    Beyond, all sets with one lost site and 30 drawn ones of each larger size: 16 sites have 6,884 sets.
+    Beyond, all sets with one lost site and 30 drawn ones of each larger size; the next test has the rest.
     """
     made = consortium(tmp_path, count)
     made.sum()
@@ -172,6 +173,45 @@ def test_many_sites_of_many_may_be_lost(tmp_path: Path, monkeypatch: pytest.Monk
             made.sums._protocol.add(rewinding, replace(attempt, number=attempt.number + 1), layout)
             left = [s for s in names if s not in lost]
             check_exact(made, left)
+
+
+@pytest.mark.parametrize("count", [13, 14, 15, 16])
+def test_every_loss_that_the_threshold_allows_leaves_the_masks_that_shares_rebuild(tmp_path: Path, count: int) -> None:
+    """The arithmetic of all 11,390 sets, with the keys that shares would rebuild (test_shamir) taken from the sites."""
+    made = consortium(tmp_path, count)
+    recorder = Recorder(made.channel)
+    made.channel = recorder  # type: ignore[assignment]
+    made.sum()
+    names = sorted(made.sites)
+    vectors = [seen.message for seen in recorder.seen if "lanes/32" in seen.message.arrays]
+    masked = {n: m.arrays["lanes/32"].numpy().view(np.uint32) for n, m in zip(names, vectors, strict=True)}
+    wide = len(vectors[0].arrays["lanes/64"]) * 8
+    sessions = {name: made.sites[name].party._session for name in names}
+
+    def stream(key: bytes, cipher: Cipher) -> np.ndarray:
+        whole = np.empty(wide // 4 + masked["a"].size, np.uint32)
+        Keystream(key, cipher).take(whole)
+        return whole[wide // 4 :]
+
+    own, pair = {}, {}
+    for name, session in sessions.items():
+        assert session is not None
+        own[name] = stream(session.memory["own"], session.cipher)
+        for peer in names[names.index(name) + 1 :]:
+            pair[name, peer] = stream(session.pairs[peer], session.cipher)
+    fixed = {name: made.fixed_sum([name], names)["32"] for name in names}
+    tried = 0
+    for size in range(count - threshold(count) + 1):
+        for lost in combinations(names, size):
+            left = [name for name in names if name not in lost]
+            total = sum((masked[n] - own[n] for n in left), np.zeros_like(masked["a"]))
+            for first, second in pair:
+                if (first in lost) != (second in lost):
+                    # The first of two adds their mask, the second subtracts it; one of them is not there.
+                    total += pair[first, second] if first in lost else -pair[first, second]
+            assert total.view(np.int32).tolist() == np.sum([fixed[n] for n in left], axis=0).tolist()
+            tried += 1
+    assert tried == {13: 1093, 14: 1471, 15: 1941, 16: 6885}[count]
 
 
 def test_one_more_lost_site_than_the_threshold_allows_takes_a_fresh_attempt(tmp_path: Path) -> None:
