@@ -25,7 +25,7 @@ from polyclinic.evaluation.results import write_replicates
 from polyclinic.evaluation.summary import SiteResult, summarise
 from polyclinic.federation.local import LocalChannel
 from polyclinic.federation.message import Message
-from polyclinic.federation.site import Site, Workbench
+from polyclinic.federation.site import Leaf, Site, Workbench
 from polyclinic.federation.state import ServerState
 from polyclinic.methods import make_method
 from polyclinic.methods.pooled import POOLED_SITE
@@ -223,7 +223,7 @@ class Run:
             "simulation": "every training image leaves its site" if self.method.simulation_only else "",
             "aggregation": self.aggregation.backend,
             "hidden": self.aggregation.hidden,
-            "leaves": {op: [asdict(leaf) for leaf in entry.leaves] for op, entry in ops.items()},
+            "leaves": {op: [_leaf(leaf) for leaf in entry.leaves] for op, entry in ops.items()},
         }
 
     def _local_channel(self) -> LocalChannel:
@@ -342,3 +342,8 @@ def _check_device(study: Study) -> None:
             raise StudyError("device: cuda was asked for, but PyTorch finds no CUDA device. Use --device cpu.")
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
+
+
+def _leaf(leaf: Leaf) -> Json:
+    """As ``privacy.json`` has it; lanes mean something for sums alone."""
+    return {name: value for name, value in asdict(leaf).items() if name != "lanes" or leaf.kind == "sum"}
