@@ -67,7 +67,9 @@ def main() -> None:
     results = Results(f"secure_study{suffix}", options.results)
     settings = {"seeds": seeds, "overrides": overrides}
     near = results.cell("one round", settings, partial(distances, folder / "one-round"))
-    found = results.cell("all rounds", settings, partial(measured, folder, seeds))
+    trained_at = json.loads((folder / f"{slug(PLAIN)}-seed0" / "environment.json").read_text(encoding="utf-8"))
+    found = results.cell("all rounds", {**settings, "trained": trained_at}, partial(measured, folder, seeds))
+    found["commit"] = trained_at["commit"]
     results.write("What a secure sum does to a study", INTRO, [distance_table(near), *tables(found)], seeds=seeds)
 
 
@@ -171,7 +173,12 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     ]
     note = "The network is small, so what keys and shares cost weighs more here than in secure_sum.md."
     return [
-        Table("Values", ["backend", *METRICS, *(f"dice, {site}" for site in sites)], values),
+        Table(
+            "Values",
+            ["backend", *METRICS, *(f"dice, {site}" for site in sites)],
+            values,
+            f"Trained at commit `{found['commit']}`.",
+        ),
         Table("Minus plain", ["backend", *METRICS, "worst site, dice"], apart),
         Table("Costs, plain = 1", ["backend", "seconds of all rounds", "bytes, evaluation included"], costs, note),
     ]
