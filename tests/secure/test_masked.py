@@ -935,7 +935,7 @@ def test_a_secret_that_only_one_of_a_pair_has_is_refused(tmp_path: Path) -> None
     made = consortium(tmp_path, 3)
     give_secret(made, "a", "b", to="a")
     with pytest.raises(
-        SiteError, match="site 'a' refused 'masked-vector': what site 'b' sealed for this site was altered"
+        SiteError, match="site 'a' refused 'masked-shares': site 'b' has another pair secret than this site"
     ):
         made.sum()
 

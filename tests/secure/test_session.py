@@ -430,17 +430,26 @@ def test_a_secret_of_a_pair_changes_its_keys(room: Room, tmp_path: Path) -> None
     sessions = room.sessions(attempt())
     room.parties["east"].meet(sessions["east"], told)
     without = dict(sessions["east"].pairs), dict(sessions["east"].seals)
-    room.parties["east"].credentials = replace(room.credentials["east"], pair_secrets={"west": b"s" * 32})
-    room.parties["east"].meet(sessions["east"], told)
+    for site, peer in (("east", "west"), ("west", "east")):
+        room.parties[site].credentials = replace(room.credentials[site], pair_secrets={peer: b"s" * 32})
+        confirmed = room.parties[site]._confirms(sessions[site], peer, site)
+        told[site] = Message({**told[site].arrays, f"keys/pair/{peer}": as_array(confirmed)}, told[site].scalars)
+    for site in ("east", "west"):
+        room.parties[site].meet(sessions[site], told)
     for before, after in zip(without, (sessions["east"].pairs, sessions["east"].seals), strict=True):
         assert [n for n in before if before[n] != after[n]] == ["west"]
-    room.parties["west"].meet(sessions["west"], told)
-    sealed = room.parties["west"].seal(sessions["west"], "east", b"share")
-    with pytest.raises(ProtocolError, match="altered on its way"):
-        room.parties["east"].unseal(sessions["east"], "west", sealed)
-    room.parties["west"].credentials = replace(room.credentials["west"], pair_secrets={"east": b"s" * 32})
-    room.parties["west"].meet(sessions["west"], told)
     assert sessions["west"].pairs["east"] == sessions["east"].pairs["west"]
+
+
+def test_a_secret_that_one_of_a_pair_lacks_is_refused_by_both(room: Room) -> None:
+    room.parties["east"].credentials = replace(room.credentials["east"], pair_secrets={"west": b"s" * 32})
+    told = room.begin(attempt())
+    sessions = room.sessions(attempt())
+    for site, peer in (("east", "west"), ("west", "east")):
+        with pytest.raises(ProtocolError, match=f"site '{peer}' has another pair secret") as refused:
+            room.parties[site].meet(sessions[site], told)
+        assert refused.value.blames == peer
+        assert not sessions[site].pairs
 
 
 # Signatures and small things

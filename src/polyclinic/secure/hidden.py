@@ -290,7 +290,7 @@ class Pending:
         before = site.state.load(_lost(op))
         lost = before[0] if before else {}
         arrays = {key: array + lost[key] if key in lost else array for key, array in arrays.items()}
-        site.party.held = arrays
+        site.party.hold(arrays)
         site.state.save("sum_facts", {}, op=op, model=model, layout=layout.to_text(), steps=json.dumps(steps))
 
     @classmethod
@@ -346,6 +346,8 @@ def own_lanes(site: Site, session: Session) -> Lanes:
     """
     attempt, pending = session.attempt, Pending.of(site)
     groups = pending.layout.groups
+    if (pending.model, pending.layout.digest) != (session.context["model"], session.context["layout"]):
+        raise ProtocolError("what is to be summed was computed from another model than this attempt's keys say.")
     if attempt.purpose == "counts":
         return encode(Layout((), groups), {}, pending.steps, {}, sites=len(attempt.sites))[0]
     if site.party.held is None:

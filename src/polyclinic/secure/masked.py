@@ -111,7 +111,7 @@ class MaskedSum:
         )
         lost = sorted(set(dealt) - set(arrived))
         proof = forward(agreed)
-        opened = ask(channel, attempt, "masked-open", dict.fromkeys(agreed, proof), attempt.threshold, refusals=True)
+        opened = ask(channel, attempt, "masked-open", dict.fromkeys(agreed, proof), least, refusals=True)
         aes = all(bool(reply.scalars["aes"]) for reply in keys.values())
         total.add_streams(self._left_over(attempt, "aes-256-ctr" if aes else "chacha20", arrived, lost, opened))
         return Opened(tuple(arrived), len(attempt.sites), total.signed())
@@ -189,7 +189,9 @@ def deal(site: Site, message: Message) -> Message:
     attempt = session.attempt
     session.memory["own"] = own = os.urandom(KEY)
     secrets = [own, *(session.pairs[peer] for peer in sorted(session.pairs))]
-    shares = [split(secret, attempt.threshold, len(attempt.sites)) for secret in secrets]
+    # Not the attempt's own threshold: a later attempt over fewer sites would need fewer, and two openings of a round
+    # could do without an honest site in common.
+    shares = [split(secret, party.least_of(attempt), len(attempt.sites)) for secret in secrets]
     letters = {
         peer: b"".join(of_secret[attempt.sites.index(peer)] for of_secret in shares)
         for peer in [site.name, *session.pairs]
@@ -250,10 +252,10 @@ def open_masks(site: Site, message: Message) -> Message:
     signed = {peer: as_bytes(arrays["arrived"]) for peer, arrays in told.items() if "arrived" in arrays}
     for peer, signature in signed.items():
         party.verify(session, peer, signature, "arrived", json.dumps(arrived).encode())
-    if len(set(signed) & set(arrived)) < attempt.threshold:
+    if len(set(signed) & set(arrived)) < party.least_of(attempt):
         raise ProtocolError(
-            f"{len(signed)} sites signed the list of those whose vector arrived, and {attempt.threshold} must: another "
-            "list may be in use."
+            f"{len(signed)} sites signed the list of those whose vector arrived, and {party.least_of(attempt)} must: "
+            "another list may be in use."
         )
     party.journal.open(attempt, arrived)
     own: dict[str, Tensor] = {}

@@ -230,10 +230,10 @@ def make_key(scheme: Scheme, site: Site, message: Message) -> Message:
     party = site.party
     session = party.session(message, "key")
     announced = forwarded(message)
-    party.meet(session, announced)
     missing = sorted(set(session.attempt.sites) - set(announced))
     if missing:
         raise ProtocolError(f"the keys of site {missing[0]!r} are missing, and masks cancel only over all sites.")
+    party.meet(session, announced)
     if scheme.holder == "server" or _order(site, session)[0] != site.name:
         return Message()
     keys = scheme.new_keys()

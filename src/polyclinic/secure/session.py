@@ -12,6 +12,7 @@ answer, and the server starts a fresh attempt where nothing was opened.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -214,6 +215,10 @@ class Party:
         """Arrays of this round that leave only in a sum; in memory: writing them would cost as much as masking."""
         self._session: Session | None = None
 
+    def hold(self, arrays: Mapping[str, torch.Tensor]) -> None:
+        """Keep what was computed for the next sum. An attempt under way ends: its keys are bound to another model."""
+        self._session, self.held = None, arrays
+
     def least_of(self, attempt: Attempt) -> int:
         """Sites that must be left for this site to go on in an attempt."""
         return max(self.least, attempt.threshold)
@@ -251,6 +256,8 @@ class Party:
         keys = [key.public_key().public_bytes_raw() for key in (session.mask_key, session.seal_key)]
         signed = self.sign(session, "keys", b"".join(keys), bytes([aes]))
         arrays = {"mask": as_array(keys[0]), "seal": as_array(keys[1]), "signature": as_array(signed)}
+        told = (peer for peer in sites if peer in self.credentials.pair_secrets)
+        arrays |= {f"pair/{peer}": as_array(self._confirms(session, peer, self.name)) for peer in told}
         return Message.pack({"keys": arrays}, context=json.dumps(context), aes=aes)
 
     def session(self, message: Message, phase: str) -> Session:
@@ -286,6 +293,9 @@ class Party:
             self._check_keys(session, peer, told)
             aes = aes and bool(told.scalars["aes"])
         session.cipher = "aes-256-ctr" if aes else "chacha20"
+        # All keys or none: a site that refused here must not go on under the masks of a few.
+        pairs: dict[str, bytes] = {}
+        seals: dict[str, bytes] = {}
         for peer, told in announced.items():
             if peer == self.name:
                 continue
@@ -294,9 +304,10 @@ class Party:
             info = session.bound + json.dumps(sorted((self.name, peer))).encode()
             with blaming(peer):
                 shared = agree(session.mask_key, as_bytes(keys["mask"]))
-                session.pairs[peer] = derive_key(shared, b"mask" + info, psk=psk)
+                pairs[peer] = derive_key(shared, b"mask" + info, psk=psk)
                 shared = agree(session.seal_key, as_bytes(keys["seal"]))
-                session.seals[peer] = derive_key(shared, b"seal" + info, psk=psk)
+                seals[peer] = derive_key(shared, b"seal" + info, psk=psk)
+        session.pairs, session.seals = pairs, seals
 
     def _check_keys(self, session: Session, peer: str, told: Message) -> None:
         keys = told.group("keys")
@@ -313,6 +324,18 @@ class Party:
             other = next(differs, "context")
             raise ProtocolError(f"site {peer!r} works with another {other} than this site.", peer)
         self.verify(session, peer, signature, "keys", public, aes)
+        confirmed = as_bytes(keys[f"pair/{self.name}"]) if f"pair/{self.name}" in keys else b""
+        if peer != self.name and not hmac.compare_digest(confirmed, self._confirms(session, peer, peer)):
+            raise ProtocolError(
+                f"site {peer!r} has another pair secret than this site, or only one of both has one, so their masks "
+                "would not cancel. Compare fingerprints with polyclinic keys show.",
+                peer,
+            )
+
+    def _confirms(self, session: Session, peer: str, sender: str) -> bytes:
+        """Shows that ``sender`` has the secret shared with ``peer``, for this attempt; empty where there is none."""
+        secret = self.credentials.pair_secrets.get(peer)
+        return hmac.digest(secret, b"pair" + sender.encode() + b"\0" + session.bound, "sha256") if secret else b""
 
     def sign(self, session: Session, what: str, *parts: bytes) -> bytes:
         """Sign parts in the context of an attempt."""
