@@ -171,7 +171,10 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         [b, f"{cost['seconds'] / base['seconds']:.2f}", f"{cost['bytes'] / base['bytes']:.2f}"]
         for b, cost in found["costs"].items()
     ]
-    note = "The network is small, so what keys and shares cost weighs more here than in secure_sum.md."
+    note = (
+        "The network is small, so what keys and shares cost weighs more here than in secure_sum.md. Seconds are by the "
+        "clock and suffer from other work on the machine."
+    )
     return [
         Table(
             "Values",

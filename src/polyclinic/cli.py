@@ -359,7 +359,7 @@ def keys_trust(
 def keys_pair(
     site: Annotated[str, typer.Argument(help="Name of one site.")],
     peer: Annotated[str, typer.Argument(help="Name of the other.")],
-    out_: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for the file.")],
+    out_: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for the file.")] = Path("keys"),
 ) -> None:
     """Make a secret for two sites, to be carried to both outside the system."""
     _say(
@@ -412,7 +412,8 @@ def _collusion_table(found: dict[str, Any]) -> Table:
         "found: with this relative error; nothing: p of a chi-square test against noise; unseen: nothing to attack"
     )
     table = Table(title=title, caption=caption, box=SIMPLE)
-    for heading in ("backend", *COALITIONS.values()):
+    table.add_column("backend", min_width=len("published"), overflow="fold")
+    for heading in COALITIONS.values():
         table.add_column(heading.replace("the ", "").replace("neighbours", "beside it"), overflow="fold")
     for entry in found["backends"]:
         cells = []
@@ -423,7 +424,7 @@ def _collusion_table(found: dict[str, Any]) -> Table:
             number = f"p {short(row['p'])}" if row.get("modular") else ""
             number = short(row["relative"]) if word == "found" else number
             cells.append(f"[{color}]{word}[/]\n[dim]{number}[/dim]" if number else f"[{color}]{word}[/]")
-        table.add_row(entry["name"], *(cells or ["no library"]))
+        table.add_row(entry["name"].replace("-as-", " as "), *(cells or ["no library"]))
     return table
 
 

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 from polyclinic.errors import StudyError, nearest
 
+SHORT_FORMS = {"method": "name", "aggregation": "backend"}
+"""Sections that a name alone may stand for, and the key that it is the value of."""
+
 
 def explain(error: ValidationError, model: type[BaseModel], heading: str, raw: Mapping[str, Any] | None = None) -> str:
     """One line per fault: where it is, what was seen, what is wanted.
@@ -116,11 +119,11 @@ def override(raw: dict[str, Any], setting: str) -> None:
 
 
 def _prepare(target: dict[str, Any], part: str) -> None:
-    """Make room for keys below ``part``: an absent section becomes an empty one, a method's name a mapping."""
+    """Make room for keys below ``part``: an absent section becomes an empty one, a short form a mapping."""
     if target.get(part) is None:
         target[part] = {}
-    elif part == "method" and isinstance(target[part], str):
-        target[part] = {"name": target[part]}
+    elif part in SHORT_FORMS and isinstance(target[part], str):
+        target[part] = {SHORT_FORMS[part]: target[part]}
 
 
 def _index(target: Any, part: str) -> Any:

@@ -18,7 +18,7 @@ from polyclinic import cli
 from polyclinic.audit.collusion import BACKENDS, audit_collusion, coalitions, judged
 from polyclinic.audit.judge import nearness, uniformity
 from polyclinic.audit.tap import Recording, record
-from polyclinic.errors import StudyError
+from polyclinic.errors import RunError, StudyError
 from polyclinic.runner import load_sites
 from polyclinic.secure import hidden, session
 from polyclinic.study import Study, validate_study
@@ -238,6 +238,13 @@ def test_a_missing_library_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert all('pip install "polyclinic[he]"' in missing[name] for name in BACKENDS if name.startswith("ring"))
     assert not any(missing[name] for name in BACKENDS if not name.startswith("ring"))
     assert "a library is missing here" in (tmp_path / "out" / "collusion.html").read_text()
+
+
+def test_an_audit_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "collusion.json").write_text("{}")
+    with pytest.raises(RunError, match="already holds an audit. Give another --out."):
+        audit_collusion(four(), tmp_path)
+    assert (tmp_path / "collusion.json").read_text() == "{}"
 
 
 Said = tuple[int, str, str]

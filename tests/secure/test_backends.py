@@ -29,6 +29,10 @@ def test_a_backend_alone_is_short_for_the_section(tiny_file: File) -> None:
     path = tiny_file(aggregation={"weight": "patients", "lanes": 16})
     found = load_study(path, overrides=["aggregation=masked"]).aggregation
     assert (found.backend, found.weight, found.lanes) == ("masked", "patients", 16)
+    found = load_study(path, overrides=["aggregation=ring-he", "aggregation.key_holder=server"]).aggregation
+    assert (found.backend, found.weight, found.key_holder) == ("ring-he", "patients", "server")
+    found = load_study(tiny_file(aggregation="masked"), overrides=["aggregation.lanes=16"]).aggregation
+    assert (found.backend, found.lanes) == ("masked", 16)
     with pytest.raises(StudyError, match="backend"):
         load_study(path, overrides=["aggregation=paillier"])
 
@@ -38,11 +42,11 @@ def test_a_study_under_a_secure_sum(backend: str, tiny_file: File, tmp_path: Pat
     folder = polyclinic.run(load_study(tiny_file(aggregation=backend)), out=tmp_path / "run")
     told = json.loads((folder / "privacy.json").read_text())
     assert told["aggregation"] == backend
-    assert "Update and their weights leave a site only masked or encrypted" in told["hidden"]
+    assert "Only masked or encrypted leave a site: update, with their weights." in told["hidden"]
     names = {leaf["name"] for leaf in told["leaves"]["train"]}
     assert names == {"loss", "layout"}
     page = (folder / "report.html").read_text()
-    assert f"Aggregation: {backend}. Update and their weights" in page
+    assert f"Aggregation: {backend}. Only masked or encrypted leave a site" in page
     for line in (folder / "rounds.jsonl").read_text().splitlines():
         assert json.loads(line)["incidents"] == []
 

@@ -20,7 +20,7 @@ import numpy as np
 from polyclinic.audit.attack import Finding, attack
 from polyclinic.audit.judge import as_json, flat, nearness, uniformity, verdict
 from polyclinic.audit.tap import Recording, record
-from polyclinic.errors import StudyError
+from polyclinic.errors import RunError, StudyError
 from polyclinic.results import RunFolder, environment, plain_json
 from polyclinic.runner import load_sites
 from polyclinic.secure.ring import ring_order
@@ -81,6 +81,8 @@ def audit_collusion(
     """
     from polyclinic.audit.page import page
 
+    if (out / "collusion.json").exists():
+        raise RunError(f"{out} already holds an audit. Give another --out.")
     folder = RunFolder(out)
     folder.create(study)
     with tempfile.TemporaryDirectory() as scratch:

@@ -57,8 +57,8 @@ class Aggregation:
         self.least = least_sites(study, len(roster.keys))
         protocol = _protocol(study, roster, self.least)
         self.hidden = (
-            f"{', '.join(summed).capitalize()} and their weights leave a site only masked or encrypted; the server "
-            f"learns their sum over {self.least} sites or more."
+            f"Only masked or encrypted leave a site: {', '.join(summed)}, with their weights. The server learns their "
+            f"sum over {self.least} sites or more."
         )
         self.sums = HiddenSum(protocol, least=self.least, tolerant=study.federation.on_absent == "continue")
         self.ops = hide(self.ops, protocol)
@@ -114,7 +114,8 @@ def check_cohort(study: Study, method: Method, sites: int) -> None:
     if cohort == FEWEST - 1:
         raise StudyError(
             f"aggregation.backend {backend}: two sites take part in a round, and each would find the other's update by "
-            f"subtracting its own from the sum, whatever the encryption. Take {FEWEST} sites or more."
+            f"subtracting its own from the sum, whatever the encryption. Take {FEWEST} sites or more"
+            f"{'' if sites == cohort else f': this study has {sites}, of which method.participation takes two'}."
         )
     fewest = max(FEWEST, study.aggregation.fewest or 0)
     if not fewest <= cohort <= MOST:

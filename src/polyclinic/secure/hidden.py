@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -110,7 +110,7 @@ class Opened:
 
 
 class SumProtocol(Protocol):
-    """How integers are summed so that no party sees one site's: ``masked.py``, ``ring_he.py``."""
+    """How integers are summed so that no party sees one site's: ``masked.py``, ``ring.py``."""
 
     def ops(self) -> dict[str, Op]:
         """The sites' side."""
@@ -149,7 +149,7 @@ class HiddenSum:
         scalars: dict[str, Mapping[str, Any]] = {}
         layouts: dict[str, str] = {}
         for site, reply in channel.stream(op, messages):
-            layouts[site] = str(reply.scalars["layout"])
+            layouts[site] = str(reply.scalars.get("layout", ""))
             scalars[site] = {name: value for name, value in reply.scalars.items() if name != "layout"}
         sites = sorted(scalars)
         if len(sites) < self._least:
@@ -160,6 +160,7 @@ class HiddenSum:
         totals = tuple(map(int, counts.lanes[64]))
         values = self._add(channel, op, "values", counts.sites, layout, totals)
         weights, means = decode(layout, values.lanes, sites=values.asked)
+        _check_weights(weights.values(), totals, everyone=values.sites == counts.sites)
         whole = {group: total / WEIGHT_STEPS for group, total in zip(layout.groups, totals, strict=True)}
         sums: dict[str, dict[str, Tensor]] = {group: {} for group in layout.groups}
         for key in list(means):
@@ -193,6 +194,17 @@ class HiddenSum:
                     sites = _without_cause(sites, failure.refused)
                 if len(sites) < self._least or tried.count(sites) > 1:
                     raise SiteError(f"{op!r}, round {channel.round}: no sum came about: {failure}") from failure
+
+
+def _check_weights(weights: Iterable[int], totals: Sequence[int], *, everyone: bool) -> None:
+    """Weights travel with the values once more: where they do not add up, masks have not cancelled, or a site lied."""
+    for steps, total in zip(weights, totals, strict=True):
+        slack = WEIGHT_STEPS + total // 1_000_000  # for the ring as published, which is not exact
+        if not (total if everyone else 0) - slack <= steps <= total + slack:
+            raise SiteError(
+                "the weights in a sum add up to another number than when they were summed alone: masks did not cancel, "
+                "or a site did not keep to the protocol. The sum was thrown away; --resume repeats the round."
+            )
 
 
 def _without_cause(sites: Sequence[str], refused: Mapping[str, str]) -> list[str]:
@@ -231,7 +243,9 @@ def ask(
     if refused and (len(answers) < least or not refusals):
         raise refusal(op, refused)
     if len(answers) < least:
-        raise AttemptFailed(f"{op!r}: {too_few(sorted(answers), least)}")
+        silent = {site: channel.absent.get(site, "no answer") for site in calls if site not in replies}
+        failed = "; ".join(f"site {site!r} failed in {op!r}: {reason}" for site, reason in silent.items())
+        raise AttemptFailed(failed if len(calls) == 1 else f"{failed}. {too_few(sorted(answers), least)}")
     return answers
 
 

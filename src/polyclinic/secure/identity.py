@@ -260,7 +260,8 @@ def load_credentials(site: str, keys_folder: Path, roster_path: Path, passphrase
         pinned = fingerprint(site, roster.keys[site]) if site in roster.keys else "none"
         raise SiteError(
             f"{roster_path}: the key of site {site!r} is {identity.fingerprint}; the roster has {pinned}. The others "
-            f"would refuse its messages. Add {site}.pub with polyclinic keys trust."
+            f"would refuse its messages. Take an old key out of the file by hand, then add {site}.pub with polyclinic "
+            "keys trust."
         )
     paths = {peer: pair_path(keys_folder, site, peer) for peer in roster.keys if peer != site}
     pairs = {peer: read_pair_secret(path, site, peer) for peer, path in paths.items() if path.exists()}

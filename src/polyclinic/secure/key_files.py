@@ -45,6 +45,8 @@ def read_secret(path: Path) -> bytes:
             if os.name == "posix" and mode & 0o077:
                 raise SiteError(f"{path} can be read by others (mode {mode:o}). Run chmod 600 {path}.")
             return file.read()
+    except FileNotFoundError:
+        raise SiteError(f"there is no file {path}. polyclinic keys new makes a site's key.") from None
     except OSError as error:
         raise SiteError(f"{path} can't be read: {error.strerror}.") from None
 

@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,9 @@ FEWEST = 3
 """With two sites, the sum minus one's own share is the other's, under any protocol."""
 MOST = 16
 """Limbs of the ring have four spare bits; 16 also keeps the complete graph of pairs small."""
+
+AHEAD = 86_400
+"""Seconds that the clocks of server and site may be apart: attempts are numbered by the server's, in milliseconds."""
 
 REFUSAL = (Leaf("refused", "scalar", "nothing"), Leaf("blames", "scalar", "nothing"))
 KEYS = (
@@ -138,6 +142,10 @@ class Journal:
         if attempt.number <= self._newest:
             raise ProtocolError(
                 f"attempt {attempt.number} is a replay: attempt {self._newest} was seen before it. Start a new one."
+            )
+        if attempt.number > (time.time() + AHEAD) * 1000:
+            raise ProtocolError(
+                f"attempt {attempt.number} lies in the future and would lock out all that come before it."
             )
         if attempt.round < self._round:
             raise ProtocolError(f"round {attempt.round} is a replay: round {self._round} has begun.")
