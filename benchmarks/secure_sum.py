@@ -157,6 +157,10 @@ SIGNED = "beside masking, the received model and the masked vector are hashed fo
 MASKS = f"one mask of ours takes a quarter of one of SecAgg+ on this machine; and {SIGNED}"
 ALL_READ = "all masked vectors are read from bytes, hashed to check their signatures, and the mean is made in float64"
 TOKEN = "the token is read from bytes, hashed to check a signature, added to, hashed to be signed, and written"
+PACKED = (
+    "the more sites, the more masks in ours; and CKKS takes two thirds of the time here that it took where the goal "
+    "was set"
+)
 FRAME = "weights, padding to whole blocks and the blob's header"
 GOALS = [
     Goal("masked: processor time of a site", 0.2, "s", at_site, "masked-32", cause=SIGNED),
@@ -171,7 +175,15 @@ GOALS = [
     Goal("ring-he: preparation of a site", 1.2, "s", preparing, "ring-he-seal"),
     Goal("ring-he: a site's time on the critical path", 0.15, "s", handing_on, "ring-he-seal", cause=TOKEN),
     Goal("ring-he: the largest message", 88, "MB", largest, "ring-he-seal", cause=FRAME),
-    Goal("PPPML-HMI beside ring-he: processor time of a site", 30, "x", at_site, "pppml-hmi", "ring-he-seal"),
+    Goal(
+        "PPPML-HMI beside ring-he: processor time of a site",
+        30,
+        "x",
+        at_site,
+        "pppml-hmi",
+        "ring-he-seal",
+        cause=PACKED,
+    ),
 ]
 
 
