@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from tiny import TINY, changed
 
 os.environ["OMP_NUM_THREADS"] = "1"
+Said = tuple[int, str, str]
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +44,23 @@ def tiny_study() -> Callable[..., Any]:
     from polyclinic.study import validate_study
 
     return lambda **sections: validate_study(changed(TINY, sections))
+
+
+@pytest.fixture
+def polyclinic_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Runs the command line in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: str | Path) -> Said:
+        from polyclinic import cli
+
+        monkeypatch.setattr(sys, "argv", ["polyclinic", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run

@@ -18,7 +18,6 @@ import torch
 import yaml
 
 import polyclinic
-from polyclinic import cli
 from polyclinic.study import load_study
 
 File = Callable[..., Path]
@@ -31,24 +30,6 @@ COMMANDS = [
     ["audit", "collusion"],
     *(["keys"], *(["keys", name] for name in ("new", "show", "trust", "pair"))),
 ]
-
-
-@pytest.fixture
-def polyclinic_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """Runs the command line in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: str | Path) -> Said:
-        monkeypatch.setattr(sys, "argv", ["polyclinic", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 def refused(said: Said, *expected: str) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import stat
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import typer
 
-from polyclinic import api, cli
+from polyclinic import api
 from polyclinic.secure import identity
 from polyclinic.secure.identity import Identity, Roster, load_credentials
 
@@ -24,21 +25,9 @@ def _no_passphrase(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def keys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """Runs ``polyclinic keys`` in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: str | Path) -> Said:
-        monkeypatch.setattr(sys, "argv", ["polyclinic", "keys", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
+def keys(polyclinic_says: Callable[..., Said]) -> Callable[..., Said]:
+    """Runs ``polyclinic keys``."""
+    return partial(polyclinic_says, "keys")
 
 
 def refused(said: Said, message: str) -> None:

@@ -14,7 +14,6 @@ import pytest
 import yaml
 from tiny import TINY, changed
 
-from polyclinic import cli
 from polyclinic.audit.collusion import BACKENDS, audit_collusion, coalitions, judged
 from polyclinic.audit.judge import nearness, uniformity
 from polyclinic.audit.tap import Recording, record
@@ -248,23 +247,6 @@ def test_an_audit_is_not_written_over(tmp_path: Path) -> None:
 
 
 Said = tuple[int, str, str]
-
-
-@pytest.fixture
-def polyclinic_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """Runs the command line in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: str | Path) -> Said:
-        monkeypatch.setattr(sys, "argv", ["polyclinic", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 def test_command(polyclinic_says: Callable[..., Said], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,8 +90,8 @@ def attack(recording: Recording, coalition: Sequence[str], victim: str) -> Spoil
     wires: dict[str, Callable[[Recording, Sequence[str]], Any]] = {
         "plain": PlainWire,
         "masked": MaskedWire,
-        "ring-he": BfvWire,
-        "ring-as-published": PublishedWire,
+        "ring-he": partial(RingWire, between=bfv_difference),
+        "ring-as-published": partial(RingWire, between=published_difference),
     }
     found: Spoils = wires[recording.backend](recording, coalition).attack(victim)
     return found
@@ -258,11 +259,20 @@ class MaskedWire(_Wire):
                 self.own.setdefault(dealer, secret)
 
 
-class _RingWire(_Wire):
-    """The ring: a token of growing sums."""
+class RingWire(_Wire):
+    """The ring: a token of growing sums.
 
-    def __init__(self, recording: Recording, coalition: Sequence[str]) -> None:
+    Args:
+        recording: What passed.
+        coalition: Who attacks.
+        between: What one token has more than another, under the backend's arithmetic.
+    """
+
+    def __init__(
+        self, recording: Recording, coalition: Sequence[str], *, between: Callable[[RingWire, int, int], Finding]
+    ) -> None:
         super().__init__(recording, coalition)
+        self._between = between
         roster = next(iter(recording.sites.values())).party.credentials.roster.keys
         self.order = ring_order(self.attempt, roster)
         self.tokens: dict[int, NDArray[np.uint8]] = {}
@@ -309,7 +319,7 @@ class _RingWire(_Wire):
             return Spoils(held, None, "saw no token with the victim's part", rest)
         if self.secret is None:
             return Spoils(held, None, "saw ciphertexts without the key", rest)
-        found = self._between(before, after)
+        found = self._between(self, before, after)
         if found.about != (victim,) and not found.covered:
             return Spoils(held, None, "saw a sum over several others only", rest)
         return Spoils(held, found, rest=rest)
@@ -324,72 +334,62 @@ class _RingWire(_Wire):
             return self.finding(self.honest, total.signed(), np.empty(0, np.uint8), modular=True)
         if self.secret is None or len(self.order) not in self.tokens:
             return None
-        found = self._between(0, len(self.order))
+        found = self._between(self, 0, len(self.order))
         return None if found.covered else found
 
-    def _inside(self, before: int, after: int) -> tuple[list[str], list[str]]:
+    def inside(self, before: int, after: int) -> tuple[list[str], list[str]]:
         """Members and others whose parts one token has more than another."""
         inside = self.order[before:after]
         return [n for n in inside if n in self.members], [n for n in inside if n not in self.members]
 
-    def _between(self, before: int, after: int) -> Finding:
-        raise NotImplementedError
 
-
-class BfvWire(_RingWire):
+def bfv_difference(ring: RingWire, before: int, after: int) -> Finding:
     """Integers modulo a power of two under masks of all pairs."""
+    settings = ring.recording.study.aggregation
+    scheme = BfvScheme(settings.provider, settings.key_holder, settings.width)
+    assert ring.secret is not None
 
-    def __init__(self, recording: Recording, coalition: Sequence[str]) -> None:
-        settings = recording.study.aggregation
-        self.scheme = BfvScheme(settings.provider, settings.key_holder, settings.width)
-        super().__init__(recording, coalition)
-
-    def _between(self, before: int, after: int) -> Finding:
-        width = self.scheme.width
-        assert self.secret is not None
-        vector = self.scheme.bfv.decrypt(self.tokens[after], self.secret)
-        if before:
-            vector -= self.scheme.bfv.decrypt(self.tokens[before], self.secret)
-        members, about = self._inside(before, after)
-        for name in members:
-            vector -= pack(self.inputs(name), width)
-        known, covered = self.masks_on([*members, *about])
-        guesses = self.guesses(known, [], covered)
-        (vector,) = self.bare([vector], guesses, self._bytes)
-        vector &= np.uint64((1 << 2 * width) - 1)
-        lanes = unpack(vector, self.layout, width)
-        return self.finding(about, lanes, self._bytes([vector]), covered=covered, modular=True, guesses=len(guesses))
-
-    def _bytes(self, parts: list[NDArray[Any]]) -> NDArray[np.uint8]:
-        """The whole bytes of both fields: five of 40 bits, four of 36."""
+    def both_fields(parts: list[NDArray[Any]]) -> NDArray[np.uint8]:
+        # The whole bytes of both fields: five of 40 bits, four of 36.
         words = np.ascontiguousarray(parts[0]).view(np.uint8).reshape(-1, 8)
-        return np.ascontiguousarray(words[:, : 2 * self.scheme.width // 8]).reshape(-1)
+        return np.ascontiguousarray(words[:, : 2 * scheme.width // 8]).reshape(-1)
+
+    vector = scheme.bfv.decrypt(ring.tokens[after], ring.secret)
+    if before:
+        vector -= scheme.bfv.decrypt(ring.tokens[before], ring.secret)
+    members, about = ring.inside(before, after)
+    for name in members:
+        vector -= pack(ring.inputs(name), scheme.width)
+    known, covered = ring.masks_on([*members, *about])
+    guesses = ring.guesses(known, [], covered)
+    (vector,) = ring.bare([vector], guesses, both_fields)
+    vector &= np.uint64((1 << 2 * scheme.width) - 1)
+    lanes = unpack(vector, ring.layout, scheme.width)
+    return ring.finding(about, lanes, both_fields([vector]), covered=covered, modular=True, guesses=len(guesses))
 
 
-class PublishedWire(_RingWire):
+def published_difference(ring: RingWire, before: int, after: int) -> Finding:
     """Floating point under one Gaussian mask of the initiator."""
-
-    def _between(self, before: int, after: int) -> Finding:
-        assert self.secret is not None
-        context = CkksAsPublished(self.secret)
-        sizes = [len(self.layout.groups), *(entry.size for entry in self.layout.entries if entry.size)]
-        tensors = context.load(self.tokens[after].tobytes(), sizes).decrypt()
-        if before:
-            earlier = context.load(self.tokens[before].tobytes(), sizes).decrypt()
-            tensors = [a - b for a, b in zip(tensors, earlier, strict=True)]
-        members, about = self._inside(before, after)
-        for name in members:
-            steps, shares = decode(self.layout, self.inputs(name), sites=len(self.attempt.sites))
-            own = [np.array([count / WEIGHT_STEPS for count in steps.values()])]
-            own += [shares[entry.name].reshape(-1) for entry in self.layout.entries if entry.size]
-            mask = self.held[name].memory.get("mask", [np.float32(0)] * len(own))
-            tensors = [t - o - m for t, o, m in zip(tensors, own, mask, strict=True)]
-        covered = [(self.order[0], self.order[0])] if self.order[0] in about else []
-        weights = dict(zip(self.layout.groups, tensors[0].tolist(), strict=True))
-        entries = [entry for entry in self.layout.entries if entry.size]
-        shares = {e.name: t.reshape(e.shape) for e, t in zip(entries, tensors[1:], strict=True)}
-        residue = np.concatenate([t.astype(np.float32).view(np.uint8) for t in tensors])
-        return Finding(tuple(about), covered, shares, weights, residue, modular=False)
+    assert ring.secret is not None
+    context = CkksAsPublished(ring.secret)
+    entries = [entry for entry in ring.layout.entries if entry.size]
+    sizes = [len(ring.layout.groups), *(entry.size for entry in entries)]
+    tensors = context.load(ring.tokens[after].tobytes(), sizes).decrypt()
+    if before:
+        earlier = context.load(ring.tokens[before].tobytes(), sizes).decrypt()
+        tensors = [a - b for a, b in zip(tensors, earlier, strict=True)]
+    members, about = ring.inside(before, after)
+    for name in members:
+        steps, shares = decode(ring.layout, ring.inputs(name), sites=len(ring.attempt.sites))
+        own = [np.array([count / WEIGHT_STEPS for count in steps.values()])]
+        own += [shares[entry.name].reshape(-1) for entry in entries]
+        mask = ring.held[name].memory.get("mask", [np.float32(0)] * len(own))
+        tensors = [t - o - m for t, o, m in zip(tensors, own, mask, strict=True)]
+    covered = [(ring.order[0], ring.order[0])] if ring.order[0] in about else []
+    weights = dict(zip(ring.layout.groups, tensors[0].tolist(), strict=True))
+    shares = {e.name: t.reshape(e.shape) for e, t in zip(entries, tensors[1:], strict=True)}
+    residue = np.concatenate([t.astype(np.float32).view(np.uint8) for t in tensors])
+    return Finding(tuple(about), covered, shares, weights, residue, modular=False)
 
 
 def _listed(words: Iterable[str]) -> str:
