@@ -85,8 +85,7 @@ class Recording:
 
     def truth(self, name: str) -> Arrays:
         """What a site's training changed, before any weighting."""
-        kept = self._plain_reply(name).arrays if self.backend == "plain" else self.sites[name].party.held
-        assert kept is not None, "a recorded round has a sum"
+        kept = self._plain_reply(name).arrays if self.backend == "plain" else Pending.of(self.sites[name]).arrays
         return {key: tensor.detach().cpu().double().numpy() for key, tensor in kept.items()}
 
     def weights(self, name: str) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Sums that show nobody a single site's update: what the masked sum and the ring have in common.
 
 Server and sites go through three steps. The op itself (``train``) runs as ever, but what it would send as sums stays at
-the site, in its state, and so do the weights. Then the weights are summed, by the protocol itself, so that no count
+the site, in its memory, and so do the weights. Then the weights are summed, by the protocol itself, so that no count
 travels in clear; then shares of the weighted mean, with the weights beside them once more, since a site may be lost in
 between. An attempt that fails before it is opened is repeated with fresh keys and without new training.
 
@@ -11,7 +11,6 @@ between rounds with and without it; its update stays hidden.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,7 +143,7 @@ class HiddenSum:
         """Run ``op``, then sum what the sites kept of its answers.
 
         Raises:
-            SiteError: Fewer than three sites are left, their arrays are not alike, or every attempt failed.
+            SiteError: Fewer sites than a sum needs are left, their arrays are not alike, or every attempt failed.
         """
         scalars: dict[str, Mapping[str, Any]] = {}
         layouts: dict[str, str] = {}
@@ -287,13 +286,18 @@ def _hidden(name: str, op: Op) -> Op:
 
 @dataclass(frozen=True)
 class Pending:
-    """What a site has computed and will only give away as part of a sum."""
+    """What a site has computed and will only give away as part of a sum.
 
+    In memory: writing the arrays would cost as much as masking them, and the weights need not lie on a disk.
+    """
+
+    round: int
     op: str
     model: str
     """SHA-256 of what the site received for it."""
     layout: Layout
     steps: dict[str, int]
+    arrays: Mapping[str, Tensor]
 
     @classmethod
     def keep(
@@ -304,22 +308,22 @@ class Pending:
         before = site.state.load(_lost(op))
         lost = before[0] if before else {}
         arrays = {key: array + lost[key] if key in lost else array for key, array in arrays.items()}
-        site.party.hold(arrays)
-        site.state.save("sum_facts", {}, op=op, model=model, layout=layout.to_text(), steps=json.dumps(steps))
+        site.party.hold(cls(site.round, op, model, layout, steps, arrays))
 
     @classmethod
     def of(cls, site: Site) -> Pending:
-        """Read it back.
+        """What the site holds.
 
         Raises:
-            SiteError: Nothing was computed in this round.
+            SiteError: It computed nothing in this round, or was restarted since.
         """
-        facts = site.state.load("sum_facts") if site.state.saved("sum_facts") else None
-        if facts is None:
-            raise SiteError(f"site {site.name!r} has nothing to sum in round {site.round}.")
-        given = facts[1]
-        steps = json.loads(str(given["steps"]))
-        return cls(str(given["op"]), str(given["model"]), Layout.from_text(str(given["layout"])), steps)
+        held = site.party.held
+        if held is None or held.round != site.round:
+            raise SiteError(
+                f"site {site.name!r} has nothing to sum in round {site.round}: it computed nothing, or was restarted "
+                "and lost it."
+            )
+        return held
 
 
 def _lost(op: str) -> str:
@@ -364,14 +368,12 @@ def own_lanes(site: Site, session: Session) -> Lanes:
         raise ProtocolError("what is to be summed was computed from another model than this attempt's keys say.")
     if attempt.purpose == "counts":
         return encode(Layout((), groups), {}, pending.steps, {}, sites=len(attempt.sites))[0]
-    if site.party.held is None:
-        raise SiteError(f"site {site.name!r} restarted in round {site.round} and lost what it had computed.")
     if len(attempt.totals) != len(groups):
         raise ProtocolError(f"the call says {len(attempt.totals)} sums of weights, and there are {len(groups)}.")
     totals = dict(zip(groups, attempt.totals, strict=True))
     # Rounding hides nothing, so its randomness may follow from the study's seed; masks have keys of their own.
     rng = generator(site.study.seed, site.name, site.round, attempt.op, "rounding")
-    lanes, lost = encode(pending.layout, site.party.held, pending.steps, totals, sites=len(attempt.sites), rng=rng)
+    lanes, lost = encode(pending.layout, pending.arrays, pending.steps, totals, sites=len(attempt.sites), rng=rng)
     if lost:
         tensors = {e.name: torch.from_numpy(lost[e.name]).reshape(e.shape) for e in pending.layout.entries if e.narrow}
         site.state.save(_lost(attempt.op), tensors)

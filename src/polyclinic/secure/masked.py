@@ -15,7 +15,8 @@ open    one kind of share of each peer: of its own mask if its vector     rebuil
 ======  ================================================================  ===========================================
 
 A site lost before ``vector`` leaves masks behind that its peers have added: its shares rebuild them. One that is only
-late cannot be unmasked with them, for then its own mask is never opened. Threshold t = floor(2n/3) + 1.
+late cannot be unmasked with them, for then its own mask is never opened. Threshold t = floor(2n/3) + 1 of the n sites
+that a round should have (``Party.least_of``), so that two openings of a round share an honest site.
 
 Ours: what is shared for the case of a loss are the pairwise mask keys themselves, not the X25519 key behind them (a
 secret that two sites shared beforehand may be part of them, and the server must not need it); the complete graph; and

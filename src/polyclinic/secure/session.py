@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from polyclinic.federation.site import Handler, Site
+    from polyclinic.secure.hidden import Pending
     from polyclinic.study import Study
 
 VERSION = "polyclinic secure sum 1"
@@ -78,7 +79,7 @@ class Attempt:
 
     @property
     def threshold(self) -> int:
-        """Sites that an opening needs: more than two thirds, so that two openings share an honest site."""
+        """More than two thirds of those that are asked; ``Party.least_of`` is what an opening needs."""
         return 2 * len(self.sites) // 3 + 1
 
     def message(self, more: Message | None = None) -> Message:
@@ -219,13 +220,13 @@ class Party:
     def __init__(self, job: str, credentials: Credentials, journal: Path, least: int = FEWEST) -> None:
         self.job, self.credentials, self.journal, self.least = job, credentials, Journal(journal), least
         self.name = credentials.identity.site
-        self.held: Mapping[str, torch.Tensor] | None = None
-        """Arrays of this round that leave only in a sum; in memory: writing them would cost as much as masking."""
+        self.held: Pending | None = None
+        """What was last computed and leaves only in a sum."""
         self._session: Session | None = None
 
-    def hold(self, arrays: Mapping[str, torch.Tensor]) -> None:
+    def hold(self, pending: Pending) -> None:
         """Keep what was computed for the next sum. An attempt under way ends: its keys are bound to another model."""
-        self._session, self.held = None, arrays
+        self._session, self.held = None, pending
 
     def least_of(self, attempt: Attempt) -> int:
         """Sites that must be left for this site to go on in an attempt."""
