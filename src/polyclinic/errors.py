@@ -6,6 +6,7 @@ PolyclinicError
 ├── SiteError         a site could not do what it was asked
 │   ├── UndeclaredError   something was about to leave a site that the method did not declare
 │   └── ProtocolError     a party of a secure sum refused a message
+├── ContributionError a base, a contribution or a ledger of data vectors is refused
 ├── MessageError      a message that is damaged, too large, or not in our form
 └── RunError          the results folder: cannot be written, does not match, is not finished
 """
@@ -62,6 +63,10 @@ class ProtocolError(SiteError):
     def __init__(self, reason: str, blames: str | None = None) -> None:
         super().__init__(reason)
         self.blames = blames
+
+
+class ContributionError(PolyclinicError):
+    """A base, a contribution or a ledger of data vectors is refused; the message says why and what to do."""
 
 
 class MessageError(PolyclinicError):
