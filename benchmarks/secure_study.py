@@ -26,9 +26,9 @@ from tables import RESULTS, ROOT, Json, Results, Table
 from polyclinic.api import run
 from polyclinic.evaluation.results import read_results
 from polyclinic.evaluation.summary import differences, table
+from polyclinic.models.registry import start_model
 from polyclinic.models.weights import read_tensors
 from polyclinic.progress import TerminalObserver
-from polyclinic.runner import start_model
 from polyclinic.secure.fixed_point import error_bound, plan
 from polyclinic.study import Study, load_study
 

@@ -132,8 +132,8 @@ def check(study: Study | Path | str, observer: Observer | None = None) -> dict[s
     from polyclinic.comparison import check_sites, planned
     from polyclinic.data.manifest import class_notes
     from polyclinic.evaluation.notes import NO_FOREGROUND
-    from polyclinic.models.registry import describe
-    from polyclinic.runner import describe_site, load_sites, start_model
+    from polyclinic.models.registry import describe, start_model
+    from polyclinic.runner import describe_site, load_sites
 
     study = _loaded(study)
     tried = planned(study)

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from polyclinic import api
+from polyclinic.cli_vectors import vectors_app
 from polyclinic.errors import PolyclinicError
+from polyclinic.terminal import (
+    DataRoot,
+    Device,
+    Out,
+    Resume,
+    Seed,
+    Set,
+    StudyFile,
+    err,
+    load,
+    out,
+    overrides,
+    progress,
+    run_study,
+    say,
+)
 
 if TYPE_CHECKING:
-    from polyclinic.progress import TerminalObserver
-    from polyclinic.study import Study, TaskSettings
+    from polyclinic.study import TaskSettings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,22 +49,7 @@ keys_app = typer.Typer(no_args_is_help=True, help="Keys of a site: make, show, e
 app.add_typer(keys_app, name="keys")
 audit_app = typer.Typer(no_args_is_help=True, help="Attack a study's own messages: what could others find out?")
 app.add_typer(audit_app, name="audit")
-out = Console()
-err = Console(stderr=True)
-
-StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set method.rounds=5")
-]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of training; the data split does not change.")]
-Out = Annotated[Path | None, typer.Option(help="Results folder \\[default: runs/<study>-<time>].")]
-Resume = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Go on with a stopped run after its last finished round.")
-]
-Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Where the networks run.")]
-DataRoot = Annotated[
-    Path | None, typer.Option(envvar="POLYCLINIC_DATA", help="Folder of the images, instead of the study's data.root.")
-]
+app.add_typer(vectors_app, name="vectors")
 Kind = Annotated[
     Literal["multi-class", "multi-label", "segmentation"], typer.Option("--task", help="What the labels are.")
 ]
@@ -70,8 +68,8 @@ def main() -> None:
 @app.command()
 def demo(set_: Set = None, seed: Seed = None, out: Out = None, resume: Resume = None, device: Device = None) -> None:
     """Run the bundled study: four made-up hospitals, six methods, one report. Under two minutes on two cores."""
-    study = api.demo_study(_overrides(set_, seed, device))
-    _run(study, out, resume)
+    study = api.demo_study(overrides(set_, seed, device))
+    run_study(study, out, resume)
 
 
 @app.command()
@@ -90,7 +88,7 @@ def run(
 
         RunFolder(resume).study()
         study = resume / "study.yaml"
-    _run(_load(study, set_, seed, device, data_root), out, resume)
+    run_study(load(study, set_, seed, device, data_root), out, resume)
 
 
 @app.command()
@@ -108,9 +106,9 @@ def compare(
 ) -> None:
     """Run several methods with several seeds: one table with paired differences and confidence intervals."""
     loaded = api.comparison_study(
-        _load(study, set_, None, device, data_root), _names(methods), [_whole(text) for text in _names(seeds)]
+        load(study, set_, None, device, data_root), _names(methods), [_whole(text) for text in _names(seeds)]
     )
-    _run(loaded, out, resume)
+    run_study(loaded, out, resume)
 
 
 @app.command()
@@ -125,11 +123,11 @@ def check(
     """Validate a study and its data without training: every image is read and the network is built."""
     from polyclinic.study import dump_study
 
-    loaded = _load(study, set_, None, None, data_root)
+    loaded = load(study, set_, None, None, data_root)
     if show:
         print(dump_study(loaded), end="")
         return
-    with _observer(1) as observer:
+    with progress(1) as observer:
         found = api.check(loaded, observer)
     table = Table("site", "devices", "patients", "train", "val", "test", "labels of the training images")
     for name, site in found["sites"].items():
@@ -160,7 +158,7 @@ def predict(
 ) -> None:
     """Use a finished run's model on new files: probabilities to CSV, masks as PNG or NIfTI."""
     written = api.predict(run_folder, images, out_, site=site)
-    _say(f"predictions: {written}")
+    say(f"predictions: {written}")
 
 
 @app.command()
@@ -168,7 +166,7 @@ def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Results folder of a finished run or comparison.")],
 ) -> None:
     """Write report.html again from the results folder."""
-    _say(f"report: {api.report(run_folder)}")
+    say(f"report: {api.report(run_folder)}")
 
 
 @app.command()
@@ -209,7 +207,7 @@ def data_build(
     built = api.build(folder, labels, out_, site=site)
     parts = [f"{len(built.cases)} images", f"{built.masks} masks" if built.masks else ""]
     parts.append(f"{len(built.ignored)} other files ignored (first: {built.ignored[0]})" if built.ignored else "")
-    _say(f"manifest: {out_} ({', '.join(part for part in parts if part)})")
+    say(f"manifest: {out_} ({', '.join(part for part in parts if part)})")
 
 
 @data_app.command("split")
@@ -232,7 +230,7 @@ def data_split(
     if len(shares) != 3:
         raise StudyError(f"--fractions {fractions!r}: give three numbers, as in 0.6,0.15,0.25.")
     written = api.split(manifest, _task(task, classes), out_, kind=kind, gap=gap, fractions=shares, seed=seed)
-    _say(f"manifest: {written}")
+    say(f"manifest: {written}")
 
 
 @data_app.command("partition")
@@ -252,7 +250,7 @@ def data_partition(
     """Divide a manifest's patients over sites: by device, drawn, or as stretches of the manifest's order."""
     wanted: dict[str, Any] = {"kind": kind, "sites": sites, "alpha": alpha, "gap": gap, "seed": seed}
     written = api.partition(manifest, _task(task, classes), out_, **wanted)
-    _say(f"manifest: {written}")
+    say(f"manifest: {written}")
 
 
 @data_app.command("phantom")
@@ -269,12 +267,12 @@ def data_phantom(
 
     if list_:
         for row in api.phantom_kinds():
-            _say(row)
+            say(row)
         return
     if out_ is None:
         raise StudyError("give --out FOLDER, or --list.")
-    loaded = api.demo_study(set_ or []) if study is None else _load(study, set_, None, None, None)
-    _say(f"manifest: {api.phantom(loaded, out_)}")
+    loaded = api.demo_study(set_ or []) if study is None else load(study, set_, None, None, None)
+    say(f"manifest: {api.phantom(loaded, out_)}")
 
 
 @data_app.command("import")
@@ -295,7 +293,7 @@ def data_import(
     from polyclinic.yaml_settings import override
 
     if list_ and name:
-        _say(api.importer_help(name))
+        say(api.importer_help(name))
         return
     if list_:
         for known, what in api.importers().items():
@@ -309,7 +307,7 @@ def data_import(
     for text in set_ or []:
         override(options, text)
     for path in api.import_data(name, folder, out_, **options):
-        _say(f"manifest: {path}")
+        say(f"manifest: {path}")
 
 
 @keys_app.command("new")
@@ -322,16 +320,16 @@ def keys_new(
 ) -> None:
     """Make a site's signing key: SITE.key, which never leaves the site, and SITE.pub for the others."""
     (private, public), fingerprint = api.new_key(site, out_, passphrase=_new_passphrase() if encrypt else None)
-    _say(f"private key: {private} (keep it here; readable by you alone)")
-    _say(f"public key: {public} (send it to the others)")
-    _say(f"fingerprint: {fingerprint} (tell it to them by telephone or on paper)")
+    say(f"private key: {private} (keep it here; readable by you alone)")
+    say(f"public key: {public} (send it to the others)")
+    say(f"fingerprint: {fingerprint} (tell it to them by telephone or on paper)")
 
 
 @keys_app.command("show")
 def keys_show(path: Annotated[Path, typer.Argument(help="A key file, a roster, or a folder of keys.")]) -> None:
     """Print the fingerprints of keys; never a secret."""
     for row in api.show_keys(path):
-        _say(f"{row['file']}  {row['what']} of {row['site']}: {row['fingerprint']}")
+        say(f"{row['file']}  {row['what']} of {row['site']}: {row['fingerprint']}")
 
 
 @keys_app.command("trust")
@@ -348,11 +346,11 @@ def keys_trust(
 
         site, key = identity.read_public(public)
         fingerprint = identity.fingerprint(site, key)
-        _say(f"public key of {site}: {fingerprint}")
+        say(f"public key of {site}: {fingerprint}")
         if not typer.confirm("Call the site. Is this the fingerprint that it reads out?"):
-            _say("nothing was changed")
+            say("nothing was changed")
             raise typer.Exit(1)
-    _say(f"{roster} trusts this key of {api.trust_key(roster, public, fingerprint)}")
+    say(f"{roster} trusts this key of {api.trust_key(roster, public, fingerprint)}")
 
 
 @keys_app.command("pair")
@@ -362,7 +360,7 @@ def keys_pair(
     out_: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder for the file.")] = Path("keys"),
 ) -> None:
     """Make a secret for two sites, to be carried to both outside the system."""
-    _say(
+    say(
         f"pair secret: {api.new_pair_secret(site, peer, out_)} (carry it to both sites by hand, into their key folders)"
     )
 
@@ -385,14 +383,14 @@ def audit_collusion(
     Exits with 1 if they find something that masked or ring-he should hide.
     """
     loaded = (
-        api.demo_study(_overrides(set_, seed, device)) if study is None else _load(study, set_, seed, device, data_root)
+        api.demo_study(overrides(set_, seed, device)) if study is None else load(study, set_, seed, device, data_root)
     )
-    with _observer(1) as observer:
-        page, found = api.audit_collusion(loaded, out=out_, observer=observer, say=_say)
+    with progress(1) as observer:
+        page, found = api.audit_collusion(loaded, out=out_, observer=observer, say=say)
     out.print(_collusion_table(found))
     for alarm in found["alarms"]:
         err.print(f"[bold red]{alarm['verdict']}:[/bold red] {alarm['backend']}, {escape(', '.join(alarm['parties']))}")
-    _say(f"page: {page}")
+    say(f"page: {page}")
     if found["alarms"]:
         raise typer.Exit(1)
 
@@ -440,67 +438,6 @@ def _new_passphrase() -> str:
     if type_passphrase("Again: ") != first:
         raise SiteError("the two passphrases differ; no key was made.")
     return first
-
-
-def _overrides(set_: list[str] | None, seed: int | None, device: str | None) -> list[str]:
-    given = list(set_ or [])
-    if seed is not None:
-        given.append(f"seed={seed}")
-    if device is not None:
-        given.append(f"device={device}")
-    return given
-
-
-def _load(
-    path: Path | None, set_: list[str] | None, seed: int | None, device: str | None, data_root: Path | None
-) -> Study:
-    from polyclinic.errors import StudyError
-    from polyclinic.study import load_study
-
-    if path is None:
-        raise StudyError("give a study file, or --resume with the results folder of a stopped run.")
-    return load_study(path, overrides=_overrides(set_, seed, device), data_root=data_root)
-
-
-def _run(study: Study, folder: Path | None, resume: Path | None) -> None:
-    from polyclinic.errors import SiteError
-    from polyclinic.results import new_folder
-
-    seeds = len(study.compare.seeds) or 1
-    given = folder if resume else new_folder(study, folder)
-    again = f"Finished rounds are safe: go on with polyclinic run --resume {resume or given}"
-    try:
-        with _observer((1 + len(study.compare.methods)) * seeds) as observer:
-            path = api.run(study, out=given, resume=resume, observer=observer)
-    except KeyboardInterrupt:
-        err.print(f"stopped. {escape(again)}", soft_wrap=True)
-        raise typer.Exit(130) from None
-    except SiteError:
-        err.print(escape(again), soft_wrap=True)
-        raise
-    _print_table(path)
-    _say(f"report: {path / 'report.html'}")
-
-
-@contextmanager
-def _observer(runs: int) -> Iterator[TerminalObserver]:
-    from polyclinic.progress import TerminalObserver
-
-    with TerminalObserver(out, runs) as observer:
-        yield observer
-
-
-def _print_table(folder: Path) -> None:
-    rows, title = api.headline(folder)
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        table.add_row(*map(escape, row.values()))
-    out.print(table)
-
-
-def _say(line: str) -> None:
-    """Print one line as it is: paths are neither wrapped nor read as markup."""
-    out.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _names(text: str) -> list[str]:

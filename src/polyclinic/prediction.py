@@ -22,9 +22,9 @@ from polyclinic.data.transforms import Placement, place
 from polyclinic.errors import DataError, RunError, nearest
 from polyclinic.evaluation.results import read_results
 from polyclinic.models.normalisation import shared_names
+from polyclinic.models.registry import start_model
 from polyclinic.models.weights import load_tensors, read_tensors
 from polyclinic.results import RunFolder
-from polyclinic.runner import start_model
 from polyclinic.study import Study
 from polyclinic.tasks import Task, make_task
 from polyclinic.tasks.segmentation import Segmentation

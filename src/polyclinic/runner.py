@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from polyclinic.data.dataset import SiteData
 from polyclinic.data.manifest import class_notes, collect
@@ -29,11 +28,10 @@ from polyclinic.federation.site import Leaf, Site, Workbench
 from polyclinic.federation.state import ServerState
 from polyclinic.methods import make_method
 from polyclinic.methods.pooled import POOLED_SITE
-from polyclinic.models.registry import build_model, describe
+from polyclinic.models.registry import describe, start_model
 from polyclinic.models.weights import save_tensors, shared_tensors, snapshot
 from polyclinic.results import Json, RunFolder, plain_json
 from polyclinic.secure.backends import Aggregation
-from polyclinic.seeds import derive_seed
 from polyclinic.study import Study
 from polyclinic.tasks import make_task
 from polyclinic.training import learning_rate
@@ -187,7 +185,7 @@ class Run:
             number = state.finished + 1
             found: dict[str, dict[str, float]] = {}
             every = study.evaluation.every
-            if number == study.method.rounds or (every and number % every == 0):
+            if number == study.method.rounds or (every and number % every == 0 and self.method.ready(number)):
                 found = validate(self.method, channel, state)
                 choose(self.method, channel, state, found)
             state.finished = number
@@ -308,18 +306,6 @@ class Run:
             "seconds": {"rounds": sum(r["seconds"] for r in records)},
             "process_peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
-
-
-def start_model(study: Study) -> nn.Module:
-    """The study's network with its start weights, the same at server and sites."""
-    return build_model(
-        study.model,
-        study.task,
-        study.data.image,
-        derive_seed(study.seed, "start weights"),
-        weights_path=study.weights_path,
-        patch=study.training.patch,
-    )
 
 
 def describe_site(data: SiteData) -> Json:

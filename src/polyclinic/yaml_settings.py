@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from polyclinic.errors import StudyError, nearest
 
-SHORT_FORMS = {"method": "name", "aggregation": "backend"}
+SHORT_FORMS = {"method": "name", "aggregation": "backend", "rule": "name", "head": "name", "restoration": "mode"}
 """Sections that a name alone may stand for, and the key that it is the value of."""
 
 

@@ -15,8 +15,8 @@ from polyclinic.errors import SiteError, UndeclaredError
 from polyclinic.federation.local import LocalChannel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Leaf, Op, Site, Workbench
+from polyclinic.models.registry import start_model
 from polyclinic.models.weights import snapshot
-from polyclinic.runner import start_model
 from polyclinic.study import Study
 from polyclinic.tasks import make_task
 

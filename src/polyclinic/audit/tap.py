@@ -15,8 +15,8 @@ from polyclinic.federation.local import LocalChannel
 from polyclinic.federation.site import Site, Workbench
 from polyclinic.federation.state import ServerState
 from polyclinic.methods import make_method
+from polyclinic.models.registry import start_model
 from polyclinic.models.weights import shared_tensors, snapshot
-from polyclinic.runner import start_model
 from polyclinic.secure.backends import Aggregation
 from polyclinic.secure.fixed_point import WEIGHT_STEPS
 from polyclinic.secure.hidden import HiddenSum, Pending

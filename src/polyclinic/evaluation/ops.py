@@ -7,12 +7,13 @@ best so far, and ``test`` reports on the test images, once, at the end.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from polyclinic.errors import SiteError
 from polyclinic.evaluation.classification import classification_metrics
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from polyclinic.federation.channel import Channel
     from polyclinic.federation.state import ServerState
     from polyclinic.methods.base import Method
+    from polyclinic.study import Study
+    from polyclinic.tasks import Task
 
 
 def evaluation_ops(method: Method) -> dict[str, Op]:
@@ -50,7 +53,8 @@ def evaluation_ops(method: Method) -> dict[str, Op]:
         method.deploy(site, message)
         if method.personal:
             site.state.save("candidate", site.tensors)
-        return Message(scalars={f"val/{name}": value for name, value in _validation_metrics(site).items()})
+        found = validation_metrics(site.model, site.data, site.task, site.study)
+        return Message(scalars={f"val/{name}": value for name, value in found.items()})
 
     def keep(site: Site, message: Message) -> Message:
         if not site.state.saved("candidate"):
@@ -99,16 +103,11 @@ def choose(method: Method, channel: Channel, state: ServerState, found: Mapping[
 
     As long as the metric was not defined at any site, the newest model counts as the best.
     """
-    settings = method.study.evaluation
-    metric = settings.metric
-    if metric == "auto":
-        metric = AUTO_METRIC[method.study.task.kind]
-    values = [m[metric] for m in found.values() if not np.isnan(m.get(metric, np.nan))]
-    score = float(np.mean(values)) * (-1 if lower_is_better(metric) else 1) if values else None
+    score = mean_score(method.study, found.values())
     best = state.scalars.get("best_score")
     number = channel.round
     better = best is None or (score is not None and score > float(best))
-    if settings.select == "best" and not better and "chosen_round" in state.scalars:
+    if method.study.evaluation.select == "best" and not better and "chosen_round" in state.scalars:
         return
     if score is not None:
         state.scalars["best_score"] = score
@@ -117,6 +116,23 @@ def choose(method: Method, channel: Channel, state: ServerState, found: Mapping[
         channel.call("keep", dict.fromkeys(channel.sites, method.deployment(state)))
     else:
         state.groups["chosen"] = method.deployment(state).group("model")
+
+
+def mean_score(study: Study, found: Iterable[Mapping[str, float]]) -> float | None:
+    """How good validation metrics are by ``evaluation.metric``, larger is better: the mean over sites.
+
+    Args:
+        study: Names the metric.
+        found: Metrics of each site.
+
+    Returns:
+        None where no site could measure it.
+    """
+    metric = study.evaluation.metric
+    if metric == "auto":
+        metric = AUTO_METRIC[study.task.kind]
+    values = [metrics[metric] for metrics in found if not np.isnan(metrics.get(metric, np.nan))]
+    return float(np.mean(values)) * (-1 if lower_is_better(metric) else 1) if values else None
 
 
 def report_test(method: Method, channel: Channel, state: ServerState) -> dict[str, SiteResult]:
@@ -143,18 +159,18 @@ def report_test(method: Method, channel: Channel, state: ServerState) -> dict[st
     return results
 
 
-def _validation_metrics(site: Site) -> dict[str, float]:
+def validation_metrics(model: nn.Module, data: SiteData, task: Task, study: Study) -> dict[str, float]:
     """All metrics for classification; Dice for segmentation, where distances would cost too much.
 
     With ``task.threshold: validation`` it is the Dice at the threshold that does best on these very images: good for
     choosing a round, too good as a promise. Test images are judged at a threshold that they had no part in.
     """
-    if not isinstance(site.task, Segmentation):
-        found = predict_cases(site.model, site.data, site.task, ["val"], site.study.evaluation.batch_size)
+    if not isinstance(task, Segmentation):
+        found = predict_cases(model, data, task, ["val"], study.evaluation.batch_size)
         assert isinstance(found, Predictions)
-        values = classification_metrics(found.targets, found.probabilities, site.task.kind == "multi-label")
+        values = classification_metrics(found.targets, found.probabilities, task.kind == "multi-label")
         return {name: value for name, value in values.items() if not np.isnan(value)}
-    return {"dice": float(validation_dice(site.model, site.data, site.task, site.study).max())}
+    return {"dice": float(validation_dice(model, data, task, study).max())}
 
 
 def _test(site: Site) -> Message:

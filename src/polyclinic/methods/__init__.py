@@ -26,6 +26,7 @@ METHODS: dict[str, str] = {
     "fedrep": "polyclinic.methods.fedrep:FedRep",
     "apfl": "polyclinic.methods.apfl:APFL",
     "pfedme": "polyclinic.methods.pfedme:PFedMe",
+    "data-vectors": "polyclinic.methods.data_vectors:DataVectors",
 }
 
 

@@ -81,6 +81,10 @@ class Method(ABC):
     def ops(self) -> dict[str, Op]:
         """What sites do, by op."""
 
+    def ready(self, number: int) -> bool:
+        """Whether there is a model to judge after round ``number``; there must be one after the last."""
+        return True
+
     def shared(self, model: nn.Module) -> list[str]:
         """Names of the tensors that leave a site."""
         return shared_names(model, self.study.model.norm)

@@ -16,9 +16,10 @@ from polyclinic.models.catalog import NETWORKS, Network, find_network
 from polyclinic.models.construct import construct, find_builder
 from polyclinic.models.normalisation import check_policy, running_statistics
 from polyclinic.models.weights import load_tensors, read_tensors
-from polyclinic.study import ImageSettings, ModelSettings, TaskSettings
+from polyclinic.seeds import derive_seed
+from polyclinic.study import ImageSettings, ModelSettings, Study, TaskSettings
 
-__all__ = ["NETWORKS", "Network", "build_model", "describe", "head_name"]
+__all__ = ["NETWORKS", "Network", "build_model", "describe", "head_name", "start_model"]
 
 _DEFAULT_WIDTH: int = ModelSettings.model_fields["width"].default
 _LARGE = 2**17  # values; importing what device meta needs costs a second
@@ -62,6 +63,18 @@ def build_model(
     if weights_path is not None:
         _load_weights(model, weights_path, settings.norm)
     return model.train()
+
+
+def start_model(study: Study) -> nn.Module:
+    """The study's network with its start weights, the same at server and sites."""
+    return build_model(
+        study.model,
+        study.task,
+        study.data.image,
+        derive_seed(study.seed, "start weights"),
+        weights_path=study.weights_path,
+        patch=study.training.patch,
+    )
 
 
 def describe(model: nn.Module) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -55,6 +55,10 @@ class Outline:
     def weights(self) -> tuple[Spec, ...]:
         """What a vector consists of: everything but running statistics."""
         return tuple(spec for spec in self.specs if not spec.statistic)
+
+    def only(self, names: Collection[str]) -> Outline:
+        """The part of the network that has these names."""
+        return Outline(tuple(spec for spec in self.specs if spec.name in names), self.head, self.classes)
 
     def has_classes(self, name: str) -> bool:
         """Whether the first axis of this tensor is the classes."""

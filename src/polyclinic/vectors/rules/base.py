@@ -51,10 +51,13 @@ class Merged:
     Attributes:
         delta: What is added to the base, in the layer's shape, float64 (float32 where noted by the rule).
         shares: What share of each site's vector went in, where the result is a linear combination of them, else None.
+        note: What a reader of the recipe must know about this layer: that the rule fell back to something else, and
+            why. None where it did what its name says.
     """
 
     delta: Tensor
     shares: tuple[float, ...] | None = None
+    note: str | None = None
 
 
 class Rule(Settings):
@@ -67,10 +70,16 @@ class Rule(Settings):
     name: str
     elementwise: ClassVar[bool] = False
     """Each value of the result depends on the same value of the vectors alone, so layers may be merged in pieces."""
-    needs: ClassVar[frozenset[Kind]] = frozenset()
-    """What a contribution must bring beside its vector; a merge without it is refused."""
-    judged: ClassVar[bool] = False
-    """It compares candidates on the coordinator's validation images."""
+
+    @property
+    def needs(self) -> frozenset[Kind]:
+        """What a contribution must bring beside its vector; a merge without it is refused."""
+        return frozenset()
+
+    @property
+    def judged(self) -> bool:
+        """Whether it compares candidates on the coordinator's validation images."""
+        return False
 
     def shares(self, images: Sequence[int], judge: Judge | None) -> list[float] | None:
         """One share per contribution for all layers, or None where the rule works layer by layer.
@@ -82,7 +91,11 @@ class Rule(Settings):
         return None
 
     def survey(self, layers: Iterable[Layer]) -> object:
-        """Look at all layers once before merging, where a rule must; what it returns is handed to ``merge``."""
+        """Look at all layers before merging, where a rule must; what it returns is handed to ``merge``.
+
+        Args:
+            layers: Whole layers, never pieces of them. May be iterated several times, each time from the start.
+        """
         return None
 
     def merge(self, layer: Layer, survey: object) -> Merged:

@@ -1,0 +1,329 @@
+"""Data vectors: each site fine-tunes the same base alone and sends once what changed; the server merges and restores.
+
+Tian, Xu, Yin, Wang, Yue: Improving the classification effect of clinical images of diseases for multi-source privacy
+protection. 2024. arXiv 2408.13038. The paper's merge is ``base + sum of the vectors`` (rule ``data-vector`` with
+``coefficients: sum``), then a restoration that is described once as aligning batch-norm statistics (``bn-recal``) and
+once as fine-tuning on a few images (``finetune``). Everything else here is ours; docs/methods/data-vectors.md says
+which. ``polyclinic vectors`` does the same with files, for sites that are never online together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from polyclinic.errors import SiteError, StudyError, nearest
+from polyclinic.evaluation.ops import mean_score, validation_metrics
+from polyclinic.federation.channel import Channel
+from polyclinic.federation.message import Message
+from polyclinic.federation.site import Site
+from polyclinic.federation.state import ServerState
+from polyclinic.methods.base import Leaf, Method, MethodParams, Op, keep_local, load_global
+from polyclinic.methods.fedavg import add_update
+from polyclinic.methods.local import load_own
+from polyclinic.models.registry import start_model
+from polyclinic.secure.sum import SecureSum
+from polyclinic.seeds import derive_seed
+from polyclinic.study import SiteName, Study
+from polyclinic.vectors.head import HeadSums, solve_head
+from polyclinic.vectors.manifest import binned
+from polyclinic.vectors.merge import merge
+from polyclinic.vectors.recipe import Recipe
+from polyclinic.vectors.restoration import Restoration, restore
+from polyclinic.vectors.sources import InMemory, InMemoryTensors, Kind, Outline
+from polyclinic.vectors.statistics import head_sums, site_statistics
+
+
+class DataVectorsParams(MethodParams):
+    """Settings of data-vectors. Sites train for ``rounds`` rounds, each alone; nothing is exchanged but at the end."""
+
+    name: Literal["data-vectors"] = "data-vectors"
+    recipe: Recipe = Recipe(restoration=Restoration(mode="auto"))
+    """How vectors are merged and what happens to the result."""
+    contributors: Literal["all", "largest"] | list[SiteName] = "all"
+    """Who sends a vector: all sites but the restorer, the one with most training images (a control), or those named."""
+    restorer: str = ""
+    """The site whose training images restore the model and whose validation images choose for rules that compare
+    candidates; it sends no vector. Empty: each site restores its own copy, and all sites' validation images choose."""
+
+
+class DataVectors(Method):
+    """theta = theta_base + merge(theta_1 - theta_base, ..., theta_N - theta_base), then restored."""
+
+    Params = DataVectorsParams
+    title = "one vector per site, merged once"
+    reference = "Tian et al. 2024, arXiv 2408.13038"
+
+    def __init__(self, study: Study) -> None:
+        super().__init__(study)
+        self.params: DataVectorsParams = study.method
+        model = start_model(study)
+        self.outline = Outline.of(model, study.task.classes)
+        self.recipe = self.params.recipe.resolved(model)
+        self.restoration = self.recipe.restoration
+        self.personal = self.personal or (self.restoration.needs_images and not self.params.restorer)
+
+    @classmethod
+    def check(cls, study: Study) -> None:
+        """One-shot: all sites at once, and sums that hide a vector need a rule that is a sum."""
+        params, recipe = study.method, study.method.recipe
+        if params.participation != 1:
+            raise StudyError("data-vectors exchanges once, so method.participation must be 1.")
+        if study.aggregation.backend != "plain" and not _is_sum(recipe):
+            raise StudyError(
+                f"rule {recipe.rule.name} {'with filters ' if recipe.filters else ''}must see each site's vector, but "
+                f"aggregation {study.aggregation.backend} hides it. Use {{name: data-vector, coefficients: mean}} "
+                "without filters, or aggregation: plain."
+            )
+        if recipe.head is not None and study.task.kind == "segmentation":
+            raise StudyError("recipe.head refits the last layer of a classification network. Leave it out.")
+
+    def ready(self, number: int) -> bool:
+        """The vectors are merged once, at the end."""
+        return number == self.params.rounds
+
+    def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
+        """Let the sites train alone; after the last round collect, merge and restore."""
+        for number in state.rounds(self.params.rounds):
+            sizes = {site: int(r.scalars["images"]) for site, r in self._ask(channel, "enter", channel.sites).items()}
+            who = self._contributors(sizes)
+            if self.recipe.rule.name != "base":
+                channel.call("train", dict.fromkeys(who, Message()))
+            if number == self.params.rounds:
+                base = state.groups["model"]
+                state.groups["model"] = self._finished(
+                    channel, self._merged(channel, base, sums, who, sizes), sums, who
+                )
+            yield
+
+    def ops(self) -> dict[str, Op]:
+        """Train alone, contribute once; beside that what the recipe asks for."""
+        kind: Literal["sum", "array"] = "sum" if _is_sum(self.recipe) else "array"
+        weight = (Leaf("weight/*", "scalar", "counts"),)
+        extra = tuple(Leaf(name, "array", "images") for name in sorted(self.recipe.needs) if name != "statistics")
+        about = () if kind == "sum" else (Leaf("images", "scalar", "counts"), Leaf("held", "scalar", "labels"))
+        ops = {
+            "enter": Op(enter, (Leaf("images", "scalar", "counts"),)),
+            "train": Op(train_alone, (Leaf("loss", "scalar", "images"),)),
+            "contribute": Op(self.contribute, (Leaf("vector", kind, "images"), *extra, *about, *weight)),
+        }
+        if self.recipe.rule.judged:
+            ops["judge"] = Op(self.judge, (Leaf("val/*", "scalar", "images"),))
+        if self.restoration.mode == "bn-pooled":
+            ops["means"] = Op(send_means, (Leaf("means", "sum", "images", lanes=64), *weight))
+            ops["variances"] = Op(send_variances, (Leaf("variances", "sum", "images", lanes=64), *weight))
+        if self.recipe.head is not None:
+            ops["head"] = Op(send_head_sums, (Leaf("head", "sum", "images", lanes=64), *weight))
+        if self.params.restorer:
+            ops["restore"] = Op(self.restored, (Leaf("model", "array", "images"),))
+        return ops
+
+    def deploy(self, site: Site, message: Message) -> None:
+        """Load the merged model; where no site restored it for all, restore it on the site's own images."""
+        load_global(site, message)
+        if self.restoration.needs_images and not self.params.restorer:
+            self._restore(site)
+
+    # The server's side.
+
+    def _ask(self, channel: Channel, op: str, sites: Sequence[str]) -> Mapping[str, Message]:
+        return channel.call(op, dict.fromkeys(sites, Message()))
+
+    def _contributors(self, sizes: Mapping[str, int]) -> list[str]:
+        wanted, restorer = self.params.contributors, self.params.restorer
+        if restorer and restorer not in sizes:
+            raise SiteError(f"method.restorer: {restorer!r} did not answer. {nearest(restorer, sizes)}")
+        able = {site: n for site, n in sizes.items() if site != restorer}
+        if isinstance(wanted, list):
+            unknown = [site for site in wanted if site not in able]
+            if unknown:
+                raise SiteError(f"method.contributors: {unknown[0]!r} cannot contribute. {nearest(unknown[0], able)}")
+            return sorted(wanted)
+        if not able:
+            raise SiteError(f"no site but the restorer {restorer!r} answered: there is nobody to contribute.")
+        return sorted(able) if wanted == "all" else [max(sorted(able), key=lambda site: able[site])]
+
+    def _merged(
+        self, channel: Channel, base: dict[str, Tensor], sums: SecureSum, who: list[str], sizes: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        if self.recipe.rule.name == "base":
+            return base
+        if _is_sum(self.recipe):
+            shares = self.recipe.rule.shares([sizes[site] for site in who], None)
+            assert shares is not None
+            messages = {s: Message.pack({"model": base}, share=share) for s, share in zip(who, shares, strict=True)}
+            total = sums.sum(channel, "contribute", messages)
+            # Shares that weigh a mean, times their sum, are a sum; sites that are lost leave the others' shares alone.
+            scale = sum(share for site, share in zip(who, shares, strict=True) if site in total.scalars)
+            moved = total.mean("vector")
+            return base | add_update({name: base[name] for name in moved}, moved, scale)
+        message = Message.pack({"model": base})
+        sources = [_source(s, r) for s, r in channel.stream("contribute", dict.fromkeys(who, message))]
+        outline = self.outline.only(base)
+        found: dict[str, Tensor] = {}
+        recipe = self.recipe.model_copy(update={"head": None, "restoration": Restoration()})
+        judge = None
+        if recipe.rule.judged:
+            judges = [self.params.restorer] if self.params.restorer else list(channel.sites)
+
+            def judge(candidate: Mapping[str, Tensor]) -> float:
+                replies = channel.call("judge", dict.fromkeys(judges, Message.pack({"model": candidate})))
+                score = mean_score(self.study, [_validation(reply) for reply in replies.values()])
+                if score is None:
+                    raise SiteError(f"rule {recipe.rule.name} needs validation images at {', '.join(judges)}.")
+                return score
+
+        merge(outline, InMemoryTensors(base), sources, recipe, found.__setitem__, judge=judge)
+        return found
+
+    def _finished(
+        self, channel: Channel, model: dict[str, Tensor], sums: SecureSum, who: list[str]
+    ) -> dict[str, Tensor]:
+        """Pool statistics, refit the head, restore: what the recipe asks for beside the merge."""
+        if self.restoration.mode == "bn-pooled":
+            means = sums.sum(channel, "means", dict.fromkeys(who, Message())).mean("means")
+            spread = sums.sum(channel, "variances", dict.fromkeys(who, Message.pack({"means": means})))
+            pooled = {f"{n}.running_mean": t for n, t in means.items()}
+            pooled |= {f"{n}.running_var": t for n, t in spread.mean("variances").items()}
+            model = model | {n: t.to(model[n].dtype) for n, t in pooled.items() if n in model}
+        if self.recipe.head is not None:
+            total = sums.sum(channel, "head", dict.fromkeys(who, Message.pack({"model": model})))
+            solved = solve_head(
+                HeadSums.from_tensors(**total.sums["head"], classes=len(self.study.task.classes)),
+                self.recipe.head,
+                self.study.task.kind,
+            )
+            name = self.outline.head
+            model = model | {f"{name}.{leaf}": t.to(model[f"{name}.{leaf}"].dtype) for leaf, t in solved.items()}
+        if self.params.restorer and self.restoration.needs_images:
+            restorer = self.params.restorer
+            model = channel.call("restore", {restorer: Message.pack({"model": model})})[restorer].group("model")
+        return model
+
+    # The site's side.
+
+    def contribute(self, site: Site, message: Message) -> Message:
+        """Load what the site's own training came to, and send how it differs from the base."""
+        load_finished(site)
+        received = message.group("model")
+        keep_local(site, received)
+        moving = {n for n in received if n.endswith(("running_mean", "running_var"))}
+        vector = site.update({n: t for n, t in received.items() if n not in moving})
+        if _is_sum(self.recipe):
+            return Message.pack({"vector": vector}, **{"weight/vector": float(message.scalars["share"]) * 1000})
+        seed = derive_seed(site.study.seed, site.name, "statistics")
+        extra = site_statistics(site.model, site.data, site.task, self.recipe.needs - {"statistics"}, seed)
+        held = "".join("1" if present else "0" for present in _held(site))
+        groups: dict[str, Mapping[str, Tensor]] = {"vector": vector}
+        groups |= {str(kind): tensors for kind, tensors in extra.items()}
+        return Message.pack(groups, images=binned(site.images), held=held)
+
+    def judge(self, site: Site, message: Message) -> Message:
+        """Validation metrics of a candidate, with its batch-norm statistics restored first where the recipe does so."""
+        load_global(site, message)
+        if self.restoration.mode == "bn-recal":
+            self._restore(site)
+        return Message(scalars={f"val/{name}": value for name, value in measured(site).items()})
+
+    def restored(self, site: Site, message: Message) -> Message:
+        """The merged model, restored on the restorer's images."""
+        received = load_global(site, message)
+        self._restore(site)
+        return Message.pack({"model": {name: site.tensors[name].clone() for name in received}})
+
+    def _restore(self, site: Site) -> None:
+        restore(
+            site.model,
+            site.data,
+            site.task,
+            self.restoration,
+            site.study.training,
+            batch_size=site.study.evaluation.batch_size,
+            seed=derive_seed(site.study.seed, site.name, "restoration"),
+        )
+
+
+def enter(site: Site, message: Message) -> Message:
+    """How many training images the site has, binned."""
+    return Message(scalars={"images": binned(site.images)})
+
+
+def train_alone(site: Site, message: Message) -> Message:
+    """A round of local training; the state that does best on the site's own validation images is kept aside."""
+    load_own(site)
+    result = site.train()
+    site.state.save("personal", site.tensors)
+    settings = site.study.evaluation
+    if settings.select == "best" and settings.every and site.round % settings.every == 0:
+        score = mean_score(site.study, [measured(site)] if len(site.data.splits["val"]) else [])
+        kept = site.state.load("best")
+        if score is not None and (kept is None or score > float(kept[1]["score"])):
+            site.state.save("best", site.tensors, score=score)
+    return Message(scalars={"loss": result.loss})
+
+
+def measured(site: Site) -> dict[str, float]:
+    """Validation metrics of the network as it is."""
+    return validation_metrics(site.model, site.data, site.task, site.study)
+
+
+def load_finished(site: Site) -> None:
+    """Load the state of the site's own training that it contributes."""
+    kept = site.state.load("best")
+    if kept:
+        site.load(kept[0])
+    else:
+        load_own(site)
+
+
+def send_means(site: Site, message: Message) -> Message:
+    """Running means of batch normalisation, as the site's own network saw them, weighted by training images."""
+    load_finished(site)
+    means = {n.removesuffix(".running_mean"): t.clone() for n, t in site.tensors.items() if n.endswith("running_mean")}
+    return Message.pack({"means": means}, **{"weight/means": float(site.images)})
+
+
+def send_variances(site: Site, message: Message) -> Message:
+    """Running variances about the mean of all sites: what makes a pooled variance that cannot be negative."""
+    load_finished(site)
+    spread: dict[str, Tensor] = {}
+    for name, mean in message.group("means").items():
+        own, variance = site.tensors[f"{name}.running_mean"], site.tensors[f"{name}.running_var"]
+        spread[name] = (variance.double() + (own.double() - mean.to(own.device)).square()).to(variance.dtype)
+    return Message.pack({"variances": spread}, **{"weight/variances": float(site.images)})
+
+
+def send_head_sums(site: Site, message: Message) -> Message:
+    """Sums over the features that the merged network gives for the site's training images."""
+    load_global(site, message)
+    return Message.pack({"head": head_sums(site.model, site.data, site.task)}, **{"weight/head": 1.0})
+
+
+def _is_sum(recipe: Recipe) -> bool:
+    """Whether the merged vector is a sum with shares that no vector must be seen for."""
+    rule = recipe.rule
+    return not recipe.filters and not rule.judged and rule.shares([1, 1], None) is not None
+
+
+def _held(site: Site) -> list[bool]:
+    targets = site.data.labels("train")
+    if targets.dtype == torch.int64 and targets.ndim == 1:
+        return (torch.bincount(targets, minlength=len(site.task.classes)) > 0).tolist()
+    if targets.ndim == 2:
+        return (targets > 0).any(0).tolist()
+    return [True] * len(site.task.classes)
+
+
+def _source(site: str, reply: Message) -> InMemory:
+    kinds: dict[Kind, Any] = {
+        kind: reply.group(kind) for kind in ("vector", "fisher", "gram") if kind in reply.groups()
+    }
+    held = tuple(mark == "1" for mark in str(reply.scalars["held"]))
+    return InMemory(reply.digest(), site, int(reply.scalars["images"]), held, kinds)
+
+
+def _validation(reply: Message) -> dict[str, float]:
+    return {name.removeprefix("val/"): float(value) for name, value in reply.scalars.items()}

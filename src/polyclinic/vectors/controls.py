@@ -1,0 +1,143 @@
+"""The table that every merged model comes with: is it the vectors that helped?
+
+Beside the merged model stand the base alone with the same restoration, single sites with the same restoration, vectors
+of noise and shuffled vectors merged by the same rule, and the ensemble of all sites' models. If one of the first two
+explains the gain, the vectors did nothing. Validation images choose the best single site, test images only report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from polyclinic.evaluation.predictions import Predictions
+from polyclinic.evaluation.summary import SiteResult, summarise
+from polyclinic.vectors.base import Base
+from polyclinic.vectors.coordinator import NAME, Coordinator, ensemble
+from polyclinic.vectors.filters.controls import RandomControl, ShuffledControl
+from polyclinic.vectors.merge import merge
+from polyclinic.vectors.recipe import Recipe
+from polyclinic.vectors.restoration import Restoration
+from polyclinic.vectors.rules.data_vector import DataVector
+from polyclinic.vectors.sources import Source
+
+State = dict[str, Tensor]
+Row = dict[str, Any]
+"""``name``; ``metrics``: value, low, high and n by metric; ``images`` and ``patients`` of the test split."""
+
+
+def merged_state(base: Base, sources: Sequence[Source], recipe: Recipe, coordinator: Coordinator | None) -> State:
+    """A merge in memory, before restoration on images; candidates are judged after a restoration of their own."""
+    state: State = {}
+    judge: Callable[[Mapping[str, Tensor]], float] | None = None
+    if coordinator is not None:
+        chosen = coordinator
+
+        def judge(candidate: Mapping[str, Tensor]) -> float:
+            return chosen.score(chosen.restored(candidate, judging(recipe.restoration)))
+
+    merge(base.outline, base, sources, recipe, state.__setitem__, judge=judge)
+    return state
+
+
+def judging(restoration: Restoration) -> Restoration:
+    """How candidates are restored before they are compared: cheaply, or not at all."""
+    return restoration if restoration.mode == "bn-recal" else Restoration()
+
+
+def control_table(
+    base: Base,
+    sources: Sequence[Source],
+    recipe: Recipe,
+    coordinator: Coordinator,
+    merged: Mapping[str, State],
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Row]:
+    """Judge the base, single sites, controls and merged models on the coordinator's test images.
+
+    Args:
+        base: What all vectors start from.
+        sources: The contributions that were merged.
+        recipe: How.
+        coordinator: Restores and judges.
+        merged: Finished models by the name that the table gives them.
+        say: Told in a line what is judged.
+
+    Returns:
+        A row a model: controls first, merged models last.
+    """
+    judged = _Judged(coordinator, say)
+    judged.add("base", _tensors(base))
+    judged.add("base, restored", coordinator.restored(_tensors(base), recipe.restoration))
+    if sources:
+        _single_sites(judged, base, sources, recipe)
+        for title, noise in (
+            ("random vectors, restored", RandomControl()),
+            ("shuffled vectors, restored", ShuffledControl()),
+        ):
+            noisy = recipe.model_copy(update={"filters": [noise, *recipe.filters]})
+            state = merged_state(base, sources, noisy, coordinator)
+            judged.add(title, coordinator.restored(state, recipe.restoration))
+    for name, state in merged.items():
+        judged.add(name, state)
+    return judged.rows()
+
+
+def _single_sites(judged: _Judged, base: Base, sources: Sequence[Source], recipe: Recipe) -> None:
+    """Each site's own model, with its own running statistics where it sent them."""
+    coordinator = judged.coordinator
+    names, restored, scores = [], [], []
+    for source in sources:
+        own = Restoration(mode="bn-pooled") if source.names("statistics") else Restoration()
+        alone = Recipe(rule=DataVector(coefficients="mean"), restoration=own)
+        state = merged_state(base, [source], alone, None)
+        names.append(judged.add(f"site {source.site}", state))
+        after = coordinator.restored(state, recipe.restoration)
+        restored.append(judged.add(f"site {source.site}, restored", after))
+        scores.append(coordinator.score(after) if len(coordinator.data.splits["val"]) else 0.0)
+    judged.average("one site, mean", names)
+    judged.average("one site restored, mean", restored)
+    judged.average("one site restored, best on validation", [restored[int(np.argmax(scores))]])
+    if all(isinstance(judged.said[name], Predictions) for name in names):
+        parts = [part for name in restored if isinstance(part := judged.said[name], Predictions)]
+        judged.take("ensemble of the restored sites", coordinator.report(ensemble(parts)))
+
+
+def _tensors(base: Base) -> State:
+    return {spec.name: base.read(spec.name) for spec in base.outline.specs}
+
+
+class _Judged:
+    """Models by name, and how they did."""
+
+    def __init__(self, coordinator: Coordinator, say: Callable[[str], None]) -> None:
+        self.coordinator, self.say = coordinator, say
+        self.said: dict[str, Any] = {}
+        self.results: dict[str, SiteResult] = {}
+
+    def add(self, name: str, state: Mapping[str, Tensor]) -> str:
+        self.say(name)
+        self.said[name] = self.coordinator.predictions(state)
+        self.results[name] = self.coordinator.report(self.said[name])
+        return name
+
+    def take(self, name: str, result: SiteResult) -> None:
+        self.results[name] = result
+
+    def average(self, name: str, members: Sequence[str]) -> None:
+        """The mean of several models' figures, replicate by replicate."""
+        results = [self.results[member] for member in members]
+        metrics = {m: float(np.mean([r.metrics[m] for r in results])) for m in results[0].metrics}
+        replicates = {m: np.mean([r.replicates[m] for r in results], axis=0) for m in results[0].replicates}
+        first = results[0]
+        self.results[name] = SiteResult(metrics, [], replicates, first.images, first.patients)
+
+    def rows(self) -> list[Row]:
+        rows = []
+        for name, result in self.results.items():
+            cells = summarise({NAME: result}, self.coordinator.study.evaluation.confidence)["sites"][NAME]
+            rows.append({"name": name, "images": result.images, "patients": result.patients, "metrics": cells})
+        return rows

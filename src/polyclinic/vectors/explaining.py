@@ -1,0 +1,21 @@
+"""``polyclinic vectors explain``: how each contribution compares with the others, and what becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from polyclinic.vectors.admission import Admission, admission
+from polyclinic.vectors.ledger import Ledger
+from polyclinic.vectors.survey import survey_vectors
+
+
+def explain_ledger(ledger: Path | Ledger) -> Mapping[str, Admission]:
+    """The admission report of every contribution that brings a vector, by digest.
+
+    It is made anew from the whole set each time, so it does not depend on who arrived first.
+    """
+    opened = ledger if isinstance(ledger, Ledger) else Ledger.open(ledger)
+    sources = [one for one in opened.contributions if one.names("vector")]
+    outline = opened.base.outline
+    return admission(outline, sources, survey_vectors(outline, sources), opened.decisions) if sources else {}

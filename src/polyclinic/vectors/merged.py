@@ -1,0 +1,67 @@
+"""The folder of a merged model, and opening it again.
+
+``model.safetensors`` (every tensor of the network), ``recipe.json``, ``base.json`` (of the base it was merged from),
+``merge.json`` (the record: what went in, in which order, with which share, what was checked and measured) and
+``card.html``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from polyclinic.errors import ContributionError, RunError
+from polyclinic.models.weights import read_tensors
+from polyclinic.vectors.base import LARGEST_SPEC, SPEC_FILE, BaseSpec
+from polyclinic.vectors.folders import read_small, validated
+from polyclinic.vectors.recipe import Recipe
+
+MODEL_FILE, RECIPE_FILE, RECORD_FILE, CARD_FILE = "model.safetensors", "recipe.json", "merge.json", "card.html"
+LARGEST_RECORD = 2**26
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model.
+
+    Attributes:
+        folder: Where it lies.
+        base_spec: Network, preprocessing and classes.
+        record: What ``merge.json`` holds.
+    """
+
+    folder: Path
+    base_spec: BaseSpec
+    record: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> Merged:
+        """Open the folder that ``polyclinic vectors merge`` wrote.
+
+        Raises:
+            ContributionError: It is none, or damaged.
+        """
+        if not (folder / RECORD_FILE).is_file():
+            raise ContributionError(f"{folder} holds no merged model: it has no {RECORD_FILE}.")
+        spec = validated(BaseSpec, read_small(folder / SPEC_FILE, LARGEST_SPEC), str(folder / SPEC_FILE))
+        return cls(folder, spec, json.loads(read_small(folder / RECORD_FILE, LARGEST_RECORD)))
+
+    @property
+    def lineage(self) -> list[str]:
+        """What the next base made of this model must name: the bases before it, and the recipe."""
+        return [*self.base_spec.lineage, self.base_spec.digest, Recipe.model_validate(self.record["recipe"]).digest]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All values of the network.
+
+        Raises:
+            ContributionError: The file cannot be read.
+        """
+        try:
+            return read_tensors(self.folder / MODEL_FILE)[0]
+        except RunError as error:
+            raise ContributionError(str(error)) from error
