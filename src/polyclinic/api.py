@@ -46,7 +46,7 @@ def run(
     Raises:
         StudyError, DataError: Before any training. RunError: The folder cannot be used. SiteError: A site failed.
     """
-    from polyclinic.comparison import planned, run_comparison
+    from polyclinic.comparison import planned, run_comparison, with_controls
     from polyclinic.results import RunFolder, new_folder
     from polyclinic.runner import load_sites, run_one
 
@@ -55,12 +55,12 @@ def run(
     if resume is not None:
         folder = RunFolder(Path(resume))
         before = folder.study()
-        study = before if study is None else _loaded(study)
+        study = before if study is None else with_controls(_loaded(study))
         folder.open(study)
     else:
         if study is None:
             raise StudyError("give a study file, or --resume with the results folder of a stopped run.")
-        study = _loaded(study)
+        study = with_controls(_loaded(study))
         folder = RunFolder(new_folder(study, out))
     several = bool(study.compare.methods or study.compare.seeds)
     if several:

@@ -11,7 +11,7 @@ from polyclinic.data.dataset import SiteData
 from polyclinic.errors import StudyError
 from polyclinic.evaluation.results import read_results
 from polyclinic.evaluation.summary import differences, table
-from polyclinic.methods import make_method
+from polyclinic.methods import make_method, method_class
 from polyclinic.results import Json, RunFolder, plain_json
 from polyclinic.runner import Observer, run_one
 from polyclinic.secure.backends import Aggregation
@@ -19,6 +19,23 @@ from polyclinic.study import Study, with_method
 
 CONTROLS = ("local", "fedavg", "fedavg-ft", "pooled")
 """What every claim is measured against."""
+
+
+def with_controls(study: Study) -> Study:
+    """The study with the controls that its methods must stand beside; those that are there already are left alone.
+
+    A method that is listed several times with different settings has its controls once.
+    """
+    if not (study.compare.methods or study.compare.seeds):
+        return study
+    listed = [study.method.model_dump(), *study.compare.methods]
+    tried = [with_method(study, method, study.seed).method for method in listed]
+    titles = {params.title for params in tried}
+    added: list[dict[str, Any]] = []
+    for params in {params.name: params for params in reversed(tried)}.values():
+        added += [c for c in method_class(params.name).controls(params) if c["label"] not in titles]
+    chosen = study.compare.model_copy(update={"methods": [*study.compare.methods, *added]})
+    return study.model_copy(update={"compare": chosen})
 
 
 def planned(study: Study) -> dict[str, list[Study]]:

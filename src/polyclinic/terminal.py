@@ -26,7 +26,7 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set method.rounds=5")
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of training; the data split does not change.")]
-Out = Annotated[Path | None, typer.Option(help="Results folder \\[default: runs/<study>-<time>].")]
+Out = Annotated[Path | None, typer.Option("--out", help="Results folder \\[default: runs/<study>-<time>].")]
 Resume = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Go on with a stopped run after its last finished round.")
 ]
@@ -62,9 +62,11 @@ def load(
 
 
 def run_study(study: Study, folder: Path | None, resume: Path | None) -> None:
+    from polyclinic.comparison import with_controls
     from polyclinic.errors import SiteError
     from polyclinic.results import new_folder
 
+    study = with_controls(study)
     seeds = len(study.compare.seeds) or 1
     given = folder if resume else new_folder(study, folder)
     again = f"Finished rounds are safe: go on with polyclinic run --resume {resume or given}"

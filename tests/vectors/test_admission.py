@@ -148,6 +148,20 @@ def test_honest_sites_with_opposite_class_mixes_are_accepted() -> None:
     assert [digest for digest, f in with_noise.items() if f.verdict == "quarantine"] == ["ff"]
 
 
+def test_a_change_of_a_few_values_is_not_taken_for_noise() -> None:
+    # The bias of three values holds nearly all: by chance two such vectors may well have a cosine of 0.9.
+    draw = torch.Generator().manual_seed(1)
+    common = torch.tensor([1.0, -0.5, 0.2])
+    sites = []
+    for name in "abc":
+        noise = {"body_weight": 1e-4 * torch.randn(WIDTH, 2, generator=draw), "head_weight": torch.zeros(3, 2)}
+        sites.append(source(name, head_bias=common + 0.2 * torch.randn(3, generator=draw), **noise))
+    found = judged(sites)
+    assert all((f.beyond_chance or 0) < 4 for f in found.values())
+    assert all((f.most_alike or 0) > 0.9 for f in found.values())
+    assert {f.verdict for f in found.values()} == {"accept"}
+
+
 def test_one_that_points_against_the_others_is_held() -> None:
     honest = alike(4)
     found = judged([*honest, turned(alike(5)[4], "ff")])

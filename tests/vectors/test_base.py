@@ -17,6 +17,7 @@ from polyclinic.errors import ContributionError
 from polyclinic.models.registry import start_model
 from polyclinic.study import Study, validate_study
 from polyclinic.vectors.base import Base, publish_base
+from polyclinic.vectors.folders import whole_folder
 from polyclinic.vectors.sources import Outline
 
 
@@ -105,6 +106,15 @@ def test_values_that_do_not_fit_are_refused_and_nothing_is_left(tmp_path: Path) 
     (tmp_path / "base").mkdir()
     with pytest.raises(ContributionError, match="is there already"):
         publish_base(study, None, tmp_path / "base", version="1")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ContributionError, match=r"base can't be written: (Not a directory|File exists)"):
+        small_base(tmp_path / "file" / "base")
+    with pytest.raises(FileNotFoundError, match="elsewhere"), whole_folder(tmp_path / "out"):
+        (tmp_path / "elsewhere").read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def edit(folder: Path, change: Any) -> None:

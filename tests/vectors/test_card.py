@@ -177,6 +177,14 @@ def test_the_largest_audit_is_of_what_went_in() -> None:
     assert "largest AUC of 2 of 3 sites" in text
 
 
+def test_an_audit_without_a_limit_is_no_pass() -> None:
+    free = {"auc": 0.9, "limit": 1.0, "passed": True}
+    html = card(changed(contributions=[contribution("north", membership=free)], shares={}))
+    assert "AUC 0.900 the site set no limit" in read(html)[0]
+    assert '<td class="kept">AUC' not in html
+    assert '<td class="kept">AUC' in card(RECORD)
+
+
 def test_nothing_is_fetched() -> None:
     html = card(RECORD)
     _, parsed = read(html)

@@ -93,7 +93,7 @@ def test_the_manifest_says_what_the_run_did_in_rounded_numbers(create: Callable[
     assert manifest.data.classes_held == CLASSES
     assert manifest.data.patient_split
     assert (manifest.training.lr, manifest.training.batch_size, manifest.training.epochs) == (0.05, 8, chosen)
-    assert manifest.metrics["accuracy"].value == record["accuracy"]
+    assert manifest.metrics["accuracy"].value == round(record["accuracy"], 2)
     assert manifest.metrics["accuracy"].n == binned(images["val"])
     assert "torch 2" in manifest.training.framework
 
@@ -107,6 +107,7 @@ def test_the_audit_is_in_the_manifest_and_stays_in_full_at_the_site(
     assert audit.auc == round(kept["auc"], 3)
     assert kept["members"] == 30
     assert (audit.members, audit.nonmembers) == (binned(30), binned(30))
+    assert audit.fpr == round(kept["false_positives"]["count"] / binned(30), 3)
     assert audit.passed
     assert kept["passed"]
 

@@ -316,6 +316,24 @@ def test_refused_and_the_ledger_unchanged_byte_for_byte(send: Send, message: str
     ledger.add(tmp_path / "good", COORDINATOR)
 
 
+def test_what_is_exchanged_while_it_is_copied_is_checked_again(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = ledger_with(tmp_path / "ledger", base, ["north"])
+    contribute(tmp_path / "new", base, "west")
+    before, stage = tree(ledger.folder), Ledger._stage
+
+    def exchanged(self: Ledger, folder: Path, staged: Path) -> Any:
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "from-north", folder)
+        return stage(self, folder, staged)
+
+    monkeypatch.setattr(Ledger, "_stage", exchanged)
+    with pytest.raises(ContributionError, match="is a duplicate"):
+        ledger.add(tmp_path / "new", COORDINATOR)
+    assert tree(ledger.folder) == before
+
+
 def test_only_the_coordinator_writes(base: Base, tmp_path: Path) -> None:
     ledger = ledger_with(tmp_path / "ledger", base, ["north"])
     digest = ledger.contributions[0].digest

@@ -248,6 +248,16 @@ class TestHeadSums:
         rest = data.targets[data.targets[:, 2] == 0]
         assert few["count"].tolist() == [*rest.sum(0).tolist(), len(rest)]
 
+    def test_what_is_left_out_can_make_another_finding_rare(self) -> None:
+        """Five images have b, three of them c as well: c is rare at four patients, and then so is b."""
+        data = findings(20, 20)
+        data.targets = torch.zeros(20, 3)
+        data.targets[:, 0] = 1
+        data.targets[:5, 1] = 1
+        data.targets[:3, 2] = 1
+        found = head_sums(Small(3), data, MultiLabel(("a", "b", "c")), fewest=4)
+        assert found["count"].tolist() == [15, 0, 0, 15]
+
     def test_segmentation_has_no_head_sums(self) -> None:
         with pytest.raises(ContributionError, match="classification"):
             head_sums(Small(), site_data("s", 6), Segmentation(("no", "yes")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -65,6 +65,11 @@ class Method(ABC):
     @classmethod  # noqa: B027 - most methods take every study
     def check(cls, study: Study) -> None:
         """Raise StudyError for settings that cannot work with this method."""
+
+    @classmethod
+    def controls(cls, params: MethodParams) -> list[dict[str, Any]]:
+        """Methods that a comparison with this one must have beside it, as ``compare.methods`` has them."""
+        return []
 
     def check_data(self, data: SiteData) -> None:  # noqa: B027 - most methods take every site
         """Raise DataError for a site's images that this method cannot train on."""

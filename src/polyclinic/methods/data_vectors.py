@@ -81,6 +81,24 @@ class DataVectors(Method):
         if recipe.head is not None and study.task.kind == "segmentation":
             raise StudyError("recipe.head refits the last layer of a classification network. Leave it out.")
 
+    @classmethod
+    def controls(cls, params: MethodParams) -> list[dict[str, Any]]:
+        """The base and a single site with the same restoration, and vectors of noise: did the vectors help?"""
+        given = params.model_dump(mode="json")
+        recipe = given["recipe"]
+        if params.title.startswith(f"{params.name}."):
+            return []
+
+        def control(label: str, **changed: Any) -> dict[str, Any]:
+            return {**given, "label": f"{params.name}.{label}", **changed}
+
+        return [
+            control("base-only", recipe={**recipe, "rule": {"name": "base"}, "filters": []}),
+            control("one-site", contributors="largest"),
+            control("random", recipe={**recipe, "filters": ["random", *recipe["filters"]]}),
+            control("shuffled", recipe={**recipe, "filters": ["shuffled", *recipe["filters"]]}),
+        ]
+
     def ready(self, number: int) -> bool:
         """The vectors are merged once, at the end."""
         return number == self.params.rounds

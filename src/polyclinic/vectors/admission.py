@@ -25,6 +25,7 @@ from polyclinic.vectors.likeness import (
     cosine,
     cosine_to_others,
     influence,
+    most_alike,
     relative_norm,
 )
 from polyclinic.vectors.sources import Outline, Source
@@ -52,7 +53,11 @@ class AdmissionLimits(Settings):
     """Least standard deviation of logarithms of norms, however alike the others are: a factor of 1.4, which sites of
     unequal size differ by. With it ``longer`` begins at a factor of 3.4, ``shorter`` and ``layer_norm`` at 8.2."""
     chance: float = Field(4.0, gt=0)
-    """A vector whose dot products with all others lie within so many standard deviations of those of noise is noise."""
+    """A vector whose dot products with all others lie within so many standard deviations of those of noise is taken
+    for noise, where its cosines are also below ``unlike``."""
+    unlike: float = Field(0.3, ge=0, le=1)
+    """Where a layer of a few values holds most of the change, chance alone allows large cosines; those speak for no
+    noise."""
     agreement: float = Field(0.2, ge=-1, le=1)
     """Least median cosine among the others for there to be a common direction. Sites with opposite class mixes have
     honest vectors that point apart; then nobody is judged by ``cosine`` and ``influence``."""
@@ -97,6 +102,7 @@ class Admission:
         odd_layers: Layers whose norm is far larger than the others', and their z-scores, largest first.
         cosine: To the mean direction of the others: each other counts alike, however long; None without others.
         beyond_chance: Largest dot product with any other, in standard deviations of noise; None without others.
+        most_alike: Largest cosine to any other, either way; None without others.
         agreement: Median cosine among the others; None with fewer than two.
         worst_layer, worst_cosine: The layer with two axes or more that agrees least.
         influence: Change of the mean by leaving it out, relative to the mean; None without others.
@@ -118,6 +124,7 @@ class Admission:
     odd_layers: tuple[tuple[str, float], ...]
     cosine: float | None
     beyond_chance: float | None
+    most_alike: float | None
     agreement: float | None
     worst_layer: str
     worst_cosine: float | None
@@ -238,6 +245,7 @@ def _judged(table: _Table, j: int, decision: Decision | None, limits: AdmissionL
         odd_layers=_odd_layers(table, j, others, limits),
         cosine=cosine_to_others(table.whole, j, others),
         beyond_chance=max(chances, default=None),
+        most_alike=most_alike(table.whole, j, others),
         agreement=agreement(table.whole, others),
         worst_layer=worst_layer,
         worst_cosine=worst_cosine,

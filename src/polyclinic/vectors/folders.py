@@ -182,6 +182,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
         staged.rename(out)
         sync_folder(out.parent)
     except OSError as error:
+        # The caller may read other files in the block: their errors are not ours to tell.
+        place = error.filename
+        if place is not None and str(staged) not in str(place) and Path(place) not in (out, *out.parents):
+            raise
         raise ContributionError(f"{out} can't be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)

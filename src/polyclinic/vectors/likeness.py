@@ -68,6 +68,11 @@ def cosine(dots: Tensor, a: int, b: int) -> float:
     return float(dots[a, b]) / math.sqrt(float(dots[a, a]) * float(dots[b, b]))
 
 
+def most_alike(dots: Tensor, j: int, others: Sequence[int]) -> float | None:
+    """Largest cosine to any other, either way."""
+    return max((abs(cosine(dots, j, k)) for k in others if dots[j, j] > 0 and dots[k, k] > 0), default=None)
+
+
 def beyond_chance(layers: Mapping[str, Tensor], sizes: Mapping[str, int], a: int, b: int) -> float:
     """Dot product of two vectors, in standard deviations of what it would be if one were noise.
 

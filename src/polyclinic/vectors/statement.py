@@ -127,14 +127,14 @@ def _data(base: Base, study: Study, data: SiteData, options: CreateOptions) -> D
 
 
 def _metrics(data: SiteData, made: Trained) -> dict[str, Metric]:
-    """Validation metrics of the kept round, and the loss gap of the audit."""
+    """Validation metrics of the kept round, and the loss gap of the audit; 14 of 23 to all digits would tell the 23."""
     number = _chosen_round(made.run)
     record = next((r for r in made.run.rounds() if r["round"] == number), None)
     values = (record or {}).get("sites", {}).get(data.site, {}).get("val", {})
     images = binned(len(data.splits["val"]))
-    found = {name: Metric(value=value, n=images) for name, value in values.items() if value is not None}
+    found = {name: Metric(value=round(value, 2), n=images) for name, value in values.items() if value is not None}
     if made.audit.loss_gap is not None:
-        found[LOSS_GAP] = Metric(value=round(made.audit.loss_gap, 4), n=binned(made.audit.non_members))
+        found[LOSS_GAP] = Metric(value=round(made.audit.loss_gap, 3), n=binned(made.audit.non_members))
     return found
 
 
@@ -145,18 +145,19 @@ def _chosen_round(run: RunFolder) -> int:
 
 
 def _membership(audit: MembershipResult) -> Membership | None:
-    """Rates to three decimals and rounded counts: exact ones would tell how many patients a small site has."""
+    """Rounded counts, and rates that do not tell the exact ones: one false positive's rate is one over the count."""
     if audit.auc is None or audit.true_positives is None or audit.false_positives is None:
         return None
+    nonmembers = binned(audit.non_members)
     return Membership(
         attack=ATTACK,
         auc=round(audit.auc, 3),
         low=round(audit.auc if audit.auc_low is None else audit.auc_low, 3),
         high=round(audit.auc if audit.auc_high is None else audit.auc_high, 3),
-        tpr=round(audit.true_positives.value, 3),
-        fpr=round(audit.false_positives.value, 3),
+        tpr=round(audit.true_positives.value, 2),
+        fpr=round(audit.false_positives.count / nonmembers, 3),
         members=binned(audit.members),
-        nonmembers=binned(audit.non_members),
+        nonmembers=nonmembers,
         limit=audit.limit,
         passed=bool(audit.passed),
     )

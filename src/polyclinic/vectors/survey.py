@@ -67,4 +67,5 @@ def survey_vectors(outline: Outline, sources: Sequence[Source]) -> VectorSurvey:
                     row.copy_(vector[span])
                 product.addmm_(block, block.T)
             products[spec.name] = (product + product.T) / 2
+            del vectors  # else they live on while the next layer is read
     return VectorSurvey(tuple(s.digest for s in ordered), tuple(s.site for s in ordered), products)

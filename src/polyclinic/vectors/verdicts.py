@@ -52,10 +52,15 @@ def _unlike_others(found: Admission, limits: AdmissionLimits) -> list[str]:
         reasons.append(
             f"layer {name}{more} changed far more than at the others (z-score {z:+.1f}, limit {limits.layer_norm:g})"
         )
-    if found.beyond_chance is not None and found.beyond_chance < limits.chance:
+    if (
+        found.beyond_chance is not None
+        and found.beyond_chance < limits.chance
+        and (found.most_alike or 0) < limits.unlike
+    ):
         reasons.append(
             f"it has no more in common with any other than noise would have ({found.beyond_chance:.1f} standard "
-            f"deviations, {limits.chance:g} wanted): noise, or trained on something else"
+            f"deviations, {limits.chance:g} wanted; cosine {found.most_alike or 0:.3f}): noise, or other "
+            "images"
         )
     if not _common(found, limits):
         return reasons
