@@ -2,7 +2,7 @@
 
 A table stands between ``<!-- table: PATH -->`` and ``<!-- end -->``. PATH is a place in the study file: ``study`` for
 the top level, ``data.image``, ``data.tables[]`` for an entry of a list or mapping, ``method.ditto`` for a method's own
-settings.
+settings, ``method.data-vectors.recipe.rule.ties`` for one of several kinds.
 """
 
 from __future__ import annotations
@@ -42,9 +42,15 @@ def settings_at(schema: Json, path: str) -> Json:
     if keys[0] == "method":
         names = {part["properties"]["name"]["const"]: part for part in schema["$defs"].values() if _is_method(part)}
         current, keys = names[keys[1] if len(keys) > 1 else "local"], keys[2:]
+    choices: dict[str, Json] = {}
     for key in keys:
+        if choices:
+            current, choices = choices[key], {}
+            continue
         found = current["properties"][key.removesuffix("[]")]
-        current = _resolved(schema, _member(found) if key.endswith("[]") else found)
+        found = _member(found) if key.endswith("[]") else found
+        choices = _choices(schema, found)
+        current = current if choices else _resolved(schema, found)
     return current
 
 
@@ -61,6 +67,15 @@ def table(schema: Json, path: str) -> str:
         cells = [f"`{name}`", _values(schema, entry), default, meaning]
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(rows) + "\n"
+
+
+def _choices(schema: Json, entry: Json) -> dict[str, Json]:
+    """Where an entry is one of several kinds of settings that their ``name`` tells apart: the kinds by name."""
+    for choice in [entry, *entry.get("anyOf", [])]:
+        if "discriminator" in choice:
+            parts = [schema["$defs"][one["$ref"].rpartition("/")[2]] for one in choice["oneOf"]]
+            return {part["properties"]["name"]["const"]: part for part in parts}
+    return {}
 
 
 def _is_method(part: Json) -> bool:

@@ -92,11 +92,15 @@ def test_shell_commands_exist(page: Path, line: str) -> None:
         assert words[0] in (".venv/bin/python", "python", "python3", ".venv/bin/pip", "git", "cd")
 
 
+def _spellings(parameter: Any) -> list[str]:
+    return [opt for opt in [*parameter.opts, *parameter.secondary_opts] if opt.startswith("--")]
+
+
 def _check_command(command: Any, words: list[str]) -> None:
     while hasattr(command, "commands"):
         assert words[0] in command.commands, f"there is no command {words[0]!r}"
         command, words = command.commands[words[0]], words[1:]
-    options = {opt: parameter for parameter in command.params for opt in parameter.opts if opt.startswith("--")}
+    options = {opt: parameter for parameter in command.params for opt in _spellings(parameter)}
     arguments = [parameter for parameter in command.params if not parameter.opts[0].startswith("-")]
     given, positional = set(), 0
     while words:

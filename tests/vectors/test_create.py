@@ -175,6 +175,17 @@ def test_a_head_needs_no_training(made: Made, tmp_path: Path) -> None:
     assert HeadSums.from_tensors(**tensors, classes=2).classes == 2
 
 
+def test_sums_of_findings_have_a_row_of_all_images(made: Made, tmp_path: Path) -> None:
+    findings = study(task={"kind": "multi-label", "classes": ["pneumonia", "effusion"]})
+    publish_base(findings, None, tmp_path / "base", version="1")
+    (tmp_path / "study.yaml").write_text(dump_study(findings))
+    options = CreateOptions(vector=False, head=True)
+    create_contribution(tmp_path / "base", tmp_path / "study.yaml", tmp_path / "out", NORTH, options)
+    found = read_back(tmp_path / "out", tmp_path / "base")
+    labels = load_sites(findings, tmp_path)["north"].labels("train")
+    assert found.read("head", "count").tolist() == [*labels.sum(0).tolist(), len(labels)]
+
+
 def test_a_site_with_its_own_order_of_classes_is_mapped(made: Made, tmp_path: Path) -> None:
     turned = study(task={"classes": CLASSES[::-1]})
     fine_tune_base(made[0], turned, out=tmp_path / "run")

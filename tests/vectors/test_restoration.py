@@ -55,13 +55,31 @@ class TestRecalibration:
         np.testing.assert_allclose(model[2].running_var.numpy(), x.var((0, 2, 3), ddof=1), rtol=1e-4)
         assert (result.images, result.steps) == (40, 1)
 
-    def test_batches_count_alike(self) -> None:
+    @pytest.mark.parametrize(("batch", "steps"), [(10, 4), (15, 3), (38, 2)])
+    def test_images_count_alike_however_short_the_last_batch(self, batch: int, steps: int) -> None:
         model, data = network(), site_data("s", 40)
-        result = run(model, "bn-recal", data=data, batch_size=10)
+        result = run(model, "bn-recal", data=data, batch_size=batch)
         with torch.no_grad():
             x = model[1](data.inputs(data.splits["train"])).double().numpy()
         np.testing.assert_allclose(model[2].running_mean.numpy(), x.mean((0, 2, 3)), atol=1e-5)
-        assert result.steps == 4
+        assert result.steps == steps
+
+    @pytest.mark.parametrize(("trained", "asked"), [(True, None), (False, True)])
+    def test_classes_count_alike_where_sites_trained_so(self, trained: bool, asked: bool | None) -> None:
+        data = site_data("s", 400)
+        rare = data.splits["train"][data.labels("train") == 1][:20]
+        common = data.splits["train"][data.labels("train") == 0]
+        data.splits["train"] = torch.cat([common, rare])
+        model = network()
+        with torch.no_grad():
+            means = [model[1](data.inputs(part)).double().mean((0, 2, 3)).numpy() for part in (common, rare)]
+        training = TrainingSettings(balanced=trained)
+        run(model, "bn-recal", data=data, training=training, balanced=asked)
+        balanced, natural = (means[0] + means[1]) / 2, (200 * means[0] + 20 * means[1]) / 220
+        found = model[2].running_mean.numpy()
+        assert np.abs(found - balanced).max() < 0.25 * np.abs(natural - balanced).max()
+        run(model, "bn-recal", data=data, training=training, balanced=False)
+        np.testing.assert_allclose(model[2].running_mean.numpy(), natural, atol=1e-5)
 
     def test_nothing_but_running_statistics_moves_and_the_layer_is_as_it_was(self) -> None:
         model = network().train()

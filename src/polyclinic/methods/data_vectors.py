@@ -10,9 +10,10 @@ which. ``polyclinic vectors`` does the same with files, for sites that are never
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from polyclinic.errors import SiteError, StudyError, nearest
@@ -33,6 +34,7 @@ from polyclinic.vectors.manifest import binned
 from polyclinic.vectors.merge import merge
 from polyclinic.vectors.recipe import Recipe
 from polyclinic.vectors.restoration import Restoration, restore
+from polyclinic.vectors.rules.base import Rule
 from polyclinic.vectors.sources import InMemory, InMemoryTensors, Kind, Outline
 from polyclinic.vectors.statistics import head_sums, site_statistics
 
@@ -43,7 +45,7 @@ class DataVectorsParams(MethodParams):
     name: Literal["data-vectors"] = "data-vectors"
     recipe: Recipe = Recipe(restoration=Restoration(mode="auto"))
     """How vectors are merged and what happens to the result."""
-    contributors: Literal["all", "largest"] | list[SiteName] = "all"
+    contributors: Literal["all", "largest"] | Annotated[list[SiteName], Field(min_length=1)] = "all"
     """Who sends a vector: all sites but the restorer, the one with most training images (a control), or those named."""
     restorer: str = ""
     """The site whose training images restore the model and whose validation images choose for rules that compare
@@ -64,6 +66,7 @@ class DataVectors(Method):
         self.outline = Outline.of(model, study.task.classes)
         self.recipe = self.params.recipe.resolved(model)
         self.restoration = self.recipe.restoration
+        self._check_network()
         self.personal = self.personal or (self.restoration.needs_images and not self.params.restorer)
 
     @classmethod
@@ -99,6 +102,22 @@ class DataVectors(Method):
             control("shuffled", recipe={**recipe, "filters": ["shuffled", *recipe["filters"]]}),
         ]
 
+    def _check_network(self) -> None:
+        """Before anybody trains: whether there are running statistics for a restoration of them."""
+        mode = self.restoration.mode
+        if mode not in ("bn-pooled", "bn-recal"):
+            return
+        if not any(spec.statistic for spec in self.outline.specs):
+            raise StudyError(
+                f"restoration {mode} is about running statistics, and network {self.study.model.name!r} has none. Set "
+                "restoration: none, head-only or finetune."
+            )
+        if mode == "bn-pooled" and self.study.model.norm == "batch-local":
+            raise StudyError(
+                "restoration bn-pooled sends running statistics, which model.norm: batch-local keeps at the site. Set "
+                "restoration: bn-recal, or norm: batch."
+            )
+
     def ready(self, number: int) -> bool:
         """The vectors are merged once, at the end."""
         return number == self.params.rounds
@@ -107,14 +126,12 @@ class DataVectors(Method):
         """Let the sites train alone; after the last round collect, merge and restore."""
         for number in state.rounds(self.params.rounds):
             sizes = {site: int(r.scalars["images"]) for site, r in self._ask(channel, "enter", channel.sites).items()}
-            who = self._contributors(sizes)
+            who = self._contributors(channel.sites, sizes)
             if self.recipe.rule.name != "base":
                 channel.call("train", dict.fromkeys(who, Message()))
             if number == self.params.rounds:
-                base = state.groups["model"]
-                state.groups["model"] = self._finished(
-                    channel, self._merged(channel, base, sums, who, sizes), sums, who
-                )
+                model, sent = self._merged(channel, state.groups["model"], sums, who, sizes)
+                state.groups["model"] = self._finished(channel, model, sums, sent)
             yield
 
     def ops(self) -> dict[str, Op]:
@@ -123,18 +140,17 @@ class DataVectors(Method):
         weight = (Leaf("weight/*", "scalar", "counts"),)
         extra = tuple(Leaf(name, "array", "images") for name in sorted(self.recipe.needs) if name != "statistics")
         about = () if kind == "sum" else (Leaf("images", "scalar", "counts"), Leaf("held", "scalar", "labels"))
-        ops = {
-            "enter": Op(enter, (Leaf("images", "scalar", "counts"),)),
-            "train": Op(train_alone, (Leaf("loss", "scalar", "images"),)),
-            "contribute": Op(self.contribute, (Leaf("vector", kind, "images"), *extra, *about, *weight)),
-        }
+        ops = {"enter": Op(enter, (Leaf("images", "scalar", "counts"),))}
+        if self.recipe.rule.name != "base":
+            ops["train"] = Op(train_alone, (Leaf("loss", "scalar", "images"),))
+            ops["contribute"] = Op(self.contribute, (Leaf("vector", kind, "images"), *extra, *about, *weight))
         if self.recipe.rule.judged:
             ops["judge"] = Op(self.judge, (Leaf("val/*", "scalar", "images"),))
         if self.restoration.mode == "bn-pooled":
             ops["means"] = Op(send_means, (Leaf("means", "sum", "images", lanes=64), *weight))
             ops["variances"] = Op(send_variances, (Leaf("variances", "sum", "images", lanes=64), *weight))
         if self.recipe.head is not None:
-            ops["head"] = Op(send_head_sums, (Leaf("head", "sum", "images", lanes=64), *weight))
+            ops["head"] = Op(self.send_head_sums, (Leaf("head", "sum", "images", lanes=64), *weight))
         if self.params.restorer:
             ops["restore"] = Op(self.restored, (Leaf("model", "array", "images"),))
         return ops
@@ -150,34 +166,39 @@ class DataVectors(Method):
     def _ask(self, channel: Channel, op: str, sites: Sequence[str]) -> Mapping[str, Message]:
         return channel.call(op, dict.fromkeys(sites, Message()))
 
-    def _contributors(self, sizes: Mapping[str, int]) -> list[str]:
+    def _contributors(self, sites: Sequence[str], sizes: Mapping[str, int]) -> list[str]:
+        """Of the roster's sites those that answered with their number of images and shall contribute."""
         wanted, restorer = self.params.contributors, self.params.restorer
-        if restorer and restorer not in sizes:
-            raise SiteError(f"method.restorer: {restorer!r} did not answer. {nearest(restorer, sizes)}")
+        if restorer and restorer not in sites:
+            raise SiteError(f"method.restorer: there is no site {restorer!r}. {nearest(restorer, sites)}")
         able = {site: n for site, n in sizes.items() if site != restorer}
         if isinstance(wanted, list):
-            unknown = [site for site in wanted if site not in able]
+            others = [site for site in sites if site != restorer]
+            unknown = [site for site in wanted if site not in others]
             if unknown:
-                raise SiteError(f"method.contributors: {unknown[0]!r} cannot contribute. {nearest(unknown[0], able)}")
-            return sorted(wanted)
+                raise SiteError(f"method.contributors: {unknown[0]!r} cannot contribute. {nearest(unknown[0], others)}")
+            able = {site: n for site, n in able.items() if site in wanted}
         if not able:
-            raise SiteError(f"no site but the restorer {restorer!r} answered: there is nobody to contribute.")
-        return sorted(able) if wanted == "all" else [max(sorted(able), key=lambda site: able[site])]
+            beside = f" beside the restorer {restorer!r}" if restorer else ""
+            raise SiteError(f"no site answered{beside} that could contribute.")
+        return [max(sorted(able), key=lambda site: able[site])] if wanted == "largest" else sorted(able)
 
     def _merged(
         self, channel: Channel, base: dict[str, Tensor], sums: SecureSum, who: list[str], sizes: Mapping[str, int]
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """The merged model, and who is in it."""
         if self.recipe.rule.name == "base":
-            return base
+            return base, who
         if _is_sum(self.recipe):
-            shares = self.recipe.rule.shares([sizes[site] for site in who], None)
-            assert shares is not None
-            messages = {s: Message.pack({"model": base}, share=share) for s, share in zip(who, shares, strict=True)}
+            # Whatever scale they have, sites weigh as with scale 1: a secure sum takes no weights below zero.
+            weights = _shares(self.recipe.rule.model_copy(update={"scale": 1.0}), [sizes[site] for site in who])
+            messages = {s: Message.pack({"model": base}, share=share) for s, share in zip(who, weights, strict=True)}
             total = sums.sum(channel, "contribute", messages)
-            # Shares that weigh a mean, times their sum, are a sum; sites that are lost leave the others' shares alone.
-            scale = sum(share for site, share in zip(who, shares, strict=True) if site in total.scalars)
+            sent = [site for site in who if site in total.scalars]
+            # The mean, times the sum of the shares that those who answered have among themselves.
+            scale = sum(_shares(self.recipe.rule, [sizes[site] for site in sent]))
             moved = total.mean("vector")
-            return base | add_update({name: base[name] for name in moved}, moved, scale)
+            return base | add_update({name: base[name] for name in moved}, moved, scale), sent
         message = Message.pack({"model": base})
         sources = [_source(s, r) for s, r in channel.stream("contribute", dict.fromkeys(who, message))]
         outline = self.outline.only(base)
@@ -195,7 +216,7 @@ class DataVectors(Method):
                 return score
 
         merge(outline, InMemoryTensors(base), sources, recipe, found.__setitem__, judge=judge)
-        return found
+        return found, [source.site for source in sources]
 
     def _finished(
         self, channel: Channel, model: dict[str, Tensor], sums: SecureSum, who: list[str]
@@ -207,6 +228,10 @@ class DataVectors(Method):
             pooled = {f"{n}.running_mean": t for n, t in means.items()}
             pooled |= {f"{n}.running_var": t for n, t in spread.mean("variances").items()}
             model = model | {n: t.to(model[n].dtype) for n, t in pooled.items() if n in model}
+        # The head goes on the features that the model will have; fine-tuning starts from that head.
+        recalibrated = self.restoration.mode == "bn-recal"
+        if recalibrated:
+            model = self._restored_once(channel, model)
         if self.recipe.head is not None:
             total = sums.sum(channel, "head", dict.fromkeys(who, Message.pack({"model": model})))
             solved = solve_head(
@@ -216,15 +241,24 @@ class DataVectors(Method):
             )
             name = self.outline.head
             model = model | {f"{name}.{leaf}": t.to(model[f"{name}.{leaf}"].dtype) for leaf, t in solved.items()}
-        if self.params.restorer and self.restoration.needs_images:
-            restorer = self.params.restorer
-            model = channel.call("restore", {restorer: Message.pack({"model": model})})[restorer].group("model")
-        return model
+        return model if recalibrated else self._restored_once(channel, model)
+
+    def _restored_once(self, channel: Channel, model: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model as the restorer restores it, where there is one and something to restore."""
+        restorer = self.params.restorer
+        if not (restorer and self.restoration.needs_images):
+            return model
+        replies = channel.call("restore", {restorer: Message.pack({"model": model})})
+        if restorer not in replies:
+            raise SiteError(f"the restorer {restorer!r} did not answer: {channel.absent.get(restorer, 'no reason')}.")
+        return replies[restorer].group("model")
 
     # The site's side.
 
     def contribute(self, site: Site, message: Message) -> Message:
         """Load what the site's own training came to, and send how it differs from the base."""
+        if site.state.load("personal") is None:
+            raise SiteError(f"site {site.name!r} has not trained in any round, so it has nothing to contribute.")
         load_finished(site)
         received = message.group("model")
         keep_local(site, received)
@@ -241,6 +275,8 @@ class DataVectors(Method):
 
     def judge(self, site: Site, message: Message) -> Message:
         """Validation metrics of a candidate, with its batch-norm statistics restored first where the recipe does so."""
+        if len(site.data.splits["val"]) == 0:
+            return Message()
         load_global(site, message)
         if self.restoration.mode == "bn-recal":
             self._restore(site)
@@ -251,6 +287,13 @@ class DataVectors(Method):
         received = load_global(site, message)
         self._restore(site)
         return Message.pack({"model": {name: site.tensors[name].clone() for name in received}})
+
+    def send_head_sums(self, site: Site, message: Message) -> Message:
+        """Sums over the features that the merged network gives for the site's training images, as it will be used."""
+        load_global(site, message)
+        if self.restoration.mode == "bn-recal" and not self.params.restorer:
+            self._restore(site)
+        return Message.pack({"head": head_sums(site.model, site.data, site.task)}, **{"weight/head": 1.0})
 
     def _restore(self, site: Site) -> None:
         restore(
@@ -275,7 +318,8 @@ def train_alone(site: Site, message: Message) -> Message:
     result = site.train()
     site.state.save("personal", site.tensors)
     settings = site.study.evaluation
-    if settings.select == "best" and settings.every and site.round % settings.every == 0:
+    judged = site.round == site.study.method.rounds or (settings.every and site.round % settings.every == 0)
+    if settings.select == "best" and judged:
         score = mean_score(site.study, [measured(site)] if len(site.data.splits["val"]) else [])
         kept = site.state.load("best")
         if score is not None and (kept is None or score > float(kept[1]["score"])):
@@ -314,16 +358,16 @@ def send_variances(site: Site, message: Message) -> Message:
     return Message.pack({"variances": spread}, **{"weight/variances": float(site.images)})
 
 
-def send_head_sums(site: Site, message: Message) -> Message:
-    """Sums over the features that the merged network gives for the site's training images."""
-    load_global(site, message)
-    return Message.pack({"head": head_sums(site.model, site.data, site.task)}, **{"weight/head": 1.0})
-
-
 def _is_sum(recipe: Recipe) -> bool:
     """Whether the merged vector is a sum with shares that no vector must be seen for."""
     rule = recipe.rule
     return not recipe.filters and not rule.judged and rule.shares([1, 1], None) is not None
+
+
+def _shares(rule: Rule, images: Sequence[int]) -> list[float]:
+    shares = rule.shares(images, None)
+    assert shares is not None, "only rules that are sums get here"
+    return shares
 
 
 def _held(site: Site) -> list[bool]:

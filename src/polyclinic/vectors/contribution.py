@@ -239,7 +239,7 @@ def _kind(file: File) -> Kind:
 
 def _checked_file(folder: Path, file: File, base: Base, contents: bool) -> TensorFile:
     kind, path = _kind(file), folder / file.name
-    wanted = form(kind, base.outline)
+    wanted = form(kind, base.outline, base.spec.task.kind)
     room = header_room(len(wanted.shapes))
     most = 8 + room + wanted.most_bytes
     if (seen := path.lstat().st_size) > most:
@@ -257,7 +257,7 @@ def _checked_file(folder: Path, file: File, base: Base, contents: bool) -> Tenso
 
 
 def _write_file(staged: Path, base: Base, kind: Kind, tensors: Mapping[str, Tensor], precision: torch.dtype) -> File:
-    path, wanted = staged / f"{kind}.safetensors", form(kind, base.outline)
+    path, wanted = staged / f"{kind}.safetensors", form(kind, base.outline, base.spec.task.kind)
     dtype = precision if kind == "vector" else wanted.dtypes[0]
     names = sorted(tensors)
     wanted.check({name: (dtype, tuple(tensors[name].shape)) for name in names}, path.name)

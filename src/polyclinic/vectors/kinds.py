@@ -63,8 +63,8 @@ class Form:
         return widest * sum(math.prod(shape) for shape in self.shapes.values())
 
 
-def form(kind: Kind, outline: Outline) -> Form:
-    """What a file of this kind must look like for this network."""
+def form(kind: Kind, outline: Outline, task: str = "multi-class") -> Form:
+    """What a file of this kind must look like for this network and kind of task."""
     weights = {spec.name: spec.shape for spec in outline.weights}
     match kind:
         case "vector":
@@ -78,8 +78,10 @@ def form(kind: Kind, outline: Outline) -> Form:
             moving = {spec.name: spec.shape for spec in outline.specs if spec.statistic}
             return Form(moving, (torch.float32,))
         case "head":
-            classes, inputs = len(outline.classes), math.prod(weights[f"{outline.head}.weight"][1:]) + 1
-            shapes = {"count": (classes,), "first": (classes, inputs), "second": (classes, inputs, inputs)}
+            # Findings overlap, so multi-label sums have a row more: all images.
+            rows = len(outline.classes) + (task == "multi-label")
+            inputs = math.prod(weights[f"{outline.head}.weight"][1:]) + 1
+            shapes = {"count": (rows,), "first": (rows, inputs), "second": (rows, inputs, inputs)}
             return Form(shapes, (torch.float64,))
 
 
