@@ -30,6 +30,7 @@ from polyclinic.vectors.survey import cosines, norms, survey_vectors
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # rules and filters of these tests
 
 CLASSES = ("a", "b", "c")
+SUM = {"rule": {"name": "data-vector", "coefficients": "sum"}}
 SET = ["data-vector", "ties", "median", "trimmed-mean", "tsv", "iso-c"]
 
 
@@ -164,7 +165,7 @@ class TestArithmetic:
 
     def test_the_sum_is_the_sum(self) -> None:
         arrived = sites(3)
-        found, _ = merged(arrived, {"rule": "data-vector"})
+        found, _ = merged(arrived, SUM)
         for spec in OUTLINE.weights:
             total = BASE[spec.name].double() + sum(s.tensors["vector"][spec.name].double() for s in arrived)
             assert torch.equal(found[spec.name], total.float())
@@ -187,7 +188,7 @@ class TestArithmetic:
         outline = Outline((Spec("w", (3,), dtype, False),), "", CLASSES)
         count = 256
         sources = [source(f"s{j}", {"w": torch.full((3,), 2.0**-8, dtype=torch.bfloat16)}) for j in range(count)]
-        found, _ = merged(sources, outline=outline, base={"w": torch.ones(3, dtype=dtype)})
+        found, _ = merged(sources, SUM, outline=outline, base={"w": torch.ones(3, dtype=dtype)})
         assert found["w"].dtype == dtype
         assert found["w"].tolist() == [2.0] * 3
         lost = torch.ones(3, dtype=torch.bfloat16)
@@ -196,15 +197,15 @@ class TestArithmetic:
         assert lost.tolist() == [1.0] * 3
 
     @pytest.mark.parametrize("values", [BLOCK - 1, BLOCK, 2 * BLOCK + 5])
-    @pytest.mark.parametrize("rule", ["data-vector", "median"])
-    def test_layers_of_several_blocks(self, values: int, rule: str) -> None:
+    @pytest.mark.parametrize("recipe", [SUM, {"rule": "median"}])
+    def test_layers_of_several_blocks(self, values: int, recipe: dict[str, Any]) -> None:
         outline = Outline((Spec("w", (values,), torch.float32, False),), "", CLASSES)
         draw = np.random.default_rng(0)
         vectors = [draw.normal(size=values).astype(np.float32) for _ in range(3)]
         sources = [source(f"s{j}", {"w": torch.from_numpy(v)}) for j, v in enumerate(vectors)]
-        found, report = merged(sources, {"rule": rule}, outline=outline, base={"w": torch.ones(values)})
+        found, report = merged(sources, recipe, outline=outline, base={"w": torch.ones(values)})
         pile = np.stack(vectors).astype(np.float64)
-        added = np.median(pile, 0) if rule == "median" else pile.sum(0)
+        added = pile.sum(0) if recipe == SUM else np.median(pile, 0)
         np.testing.assert_allclose(found["w"].numpy(), (1 + added).astype(np.float32), rtol=2e-7, atol=1e-9)
         in_order = sorted(range(3), key=lambda j: sources[j].digest)
         np.testing.assert_allclose(report.norms, [np.linalg.norm(pile[j]) for j in in_order])

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyclinic.errors import SiteError, StudyError, nearest
 from polyclinic.evaluation.ops import mean_score, validation_metrics
@@ -26,6 +26,7 @@ from polyclinic.methods.base import Leaf, Method, MethodParams, Op, keep_local, 
 from polyclinic.methods.fedavg import add_update
 from polyclinic.methods.local import load_own
 from polyclinic.models.registry import start_model
+from polyclinic.models.taps import feature_tap
 from polyclinic.secure.sum import SecureSum
 from polyclinic.seeds import derive_seed
 from polyclinic.study import SiteName, Study
@@ -66,7 +67,7 @@ class DataVectors(Method):
         self.outline = Outline.of(model, study.task.classes)
         self.recipe = self.params.recipe.resolved(model)
         self.restoration = self.recipe.restoration
-        self._check_network()
+        self._check_network(model)
         self.personal = self.personal or (self.restoration.needs_images and not self.params.restorer)
 
     @classmethod
@@ -102,8 +103,10 @@ class DataVectors(Method):
             control("shuffled", recipe={**recipe, "filters": ["shuffled", *recipe["filters"]]}),
         ]
 
-    def _check_network(self) -> None:
-        """Before anybody trains: whether there are running statistics for a restoration of them."""
+    def _check_network(self, model: nn.Module) -> None:
+        """Before anybody trains: whether there are features for a head, and running statistics to restore."""
+        if self.recipe.head is not None:
+            feature_tap(model)
         mode = self.restoration.mode
         if mode not in ("bn-pooled", "bn-recal"):
             return
@@ -192,8 +195,9 @@ class DataVectors(Method):
         if _is_sum(self.recipe):
             # Whatever scale they have, sites weigh as with scale 1: a secure sum takes no weights below zero.
             weights = _shares(self.recipe.rule.model_copy(update={"scale": 1.0}), [sizes[site] for site in who])
-            messages = {s: Message.pack({"model": base}, share=share) for s, share in zip(who, weights, strict=True)}
-            total = sums.sum(channel, "contribute", messages)
+            # One message for all: masks cancel only between sites that were told the same.
+            told = {f"share/{site}": weight for site, weight in zip(who, weights, strict=True)}
+            total = sums.sum(channel, "contribute", dict.fromkeys(who, Message.pack({"model": base}, **told)))
             sent = [site for site in who if site in total.scalars]
             # The mean, times the sum of the shares that those who answered have among themselves.
             scale = sum(_shares(self.recipe.rule, [sizes[site] for site in sent]))
@@ -265,7 +269,8 @@ class DataVectors(Method):
         moving = {n for n in received if n.endswith(("running_mean", "running_var"))}
         vector = site.update({n: t for n, t in received.items() if n not in moving})
         if _is_sum(self.recipe):
-            return Message.pack({"vector": vector}, **{"weight/vector": float(message.scalars["share"]) * 1000})
+            weight = 1000 * float(message.scalars[f"share/{site.name}"])
+            return Message.pack({"vector": vector}, **{"weight/vector": weight})
         seed = derive_seed(site.study.seed, site.name, "statistics")
         extra = site_statistics(site.model, site.data, site.task, self.recipe.needs - {"statistics"}, seed)
         held = "".join("1" if present else "0" for present in _held(site))

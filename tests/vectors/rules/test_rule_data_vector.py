@@ -79,8 +79,8 @@ def test_cosines_of_long_vectors_are_summed_block_by_block() -> None:
 
 
 def test_sum_mean_and_scale() -> None:
-    assert DataVector().shares([5, 1], None) == [1.0, 1.0]
-    assert DataVector(scale=0.3).shares([5, 1], None) == [0.3, 0.3]
+    assert DataVector(coefficients="sum").shares([5, 1], None) == [1.0, 1.0]
+    assert DataVector(coefficients="sum", scale=0.3).shares([5, 1], None) == [0.3, 0.3]
     assert DataVector(coefficients="mean").shares([5, 1, 1, 1], None) == [0.25] * 4
     assert DataVector(coefficients="norm-keep").shares([5, 1], None) is None
 

@@ -34,8 +34,8 @@ class DataVector(Rule):
     """A linear combination of the vectors."""
 
     name: Literal["data-vector"] = "data-vector"
-    coefficients: Literal["sum", "mean", "weighted", "norm-keep", "model-stock", "search"] = "sum"
-    """How much of each vector is taken; ``sum`` is the paper's."""
+    coefficients: Literal["sum", "mean", "weighted", "norm-keep", "model-stock", "search"] = "mean"
+    """How much of each vector is taken; ``sum`` is the paper's, and goes too far from three sites on."""
     scale: float = 1.0
     """λ, which the coefficients are multiplied by."""
     cap: float = Field(2.0, ge=1)
