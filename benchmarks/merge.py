@@ -301,8 +301,8 @@ def ours(found: Found) -> Table:
         f"The largest tensor has {one['largest_tensor'] / 1e6:.1f} MB. *Writing*: seconds in which the merge waits for "
         "the output to be hashed (SHA-256) and handed to the system; the next layer is blended meanwhile. *Closing*: "
         "until it is on the disk (fsync). *Without a file*: the same merge whose tensors go nowhere. *Hashing first*: "
-        "every vector's file, as `polyclinic vectors merge` does before it merges; one thread. *Before*: of the process "
-        "when all is imported and the files are open."
+        "every vector's file, as `polyclinic vectors merge` does before it merges; one thread. *Before*: of the "
+        "process when all is imported and the files are open."
     )
     return Table(title, columns_, rows, note)
 
@@ -338,13 +338,14 @@ def side_by_side(found: Found, program: Path | None) -> Table:
     columns = ["Rule", "Program", "Start", "Merge", "of it closing", "Beside reading", "Beside ours", "Processor"]
     columns += ["Memory, peak", "of it own", "Apart"]
     note = (
-        "*Start*: until the program's imports are done (mergekit: of `--help`); *Merge*: all the rest, until the file is "
-        "on the disk: ours sees to that itself and replaces the old file as a whole, for the others fsync is called "
-        "after them. Ours hashes its output, the others do not; none hashes its input here. *Processor*: of all "
-        "threads, the start included but with ours. *Peak*: of the whole process; *own*: most of it that is no page of a "
-        "file, as mapped files can be dropped from memory. *Apart*: Euclidean distance from our merged model beside "
-        "what was added to the base. mergekit merges whole models (base + vector, rounded), so values at TIES' threshold "
-        "can fall on the other side. TIES keeps a fifth of each tensor everywhere."
+        "*Start*: until the program's imports are done (mergekit: all of `--help`); *Merge*: all the rest, until the "
+        "file is on the disk: ours sees to that itself, for the others fsync is called after them. Ours hashes its "
+        "output, the others do not; none hashes its input here. *Processor*: of all threads, from the end of the start "
+        "to the end of the process. *Peak*: of the whole process; *own*: most of it that is no page of a file, as "
+        "mapped files can be dropped from memory. *Apart*: Euclidean distance from our merged model beside what was "
+        "added to the base. mergekit merges whole models (base + vector, rounded), so values at TIES' threshold can "
+        "fall on the other side; a fifth of each tensor is kept everywhere. `torch.median` would give the lower of the "
+        "two middle values, so the script sorts."
     )
     return Table("Side by side", columns, rows, note)
 

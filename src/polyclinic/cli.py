@@ -145,7 +145,7 @@ def check(
 
 @app.command()
 def predict(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Results folder of a finished run.")],
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder, or a merged model's.")],
     images: Annotated[Path, typer.Argument(help="An image, a folder of images, or a manifest (CSV).")],
     out_: Annotated[Path, typer.Option("--out", help="A CSV file; for segmentation a folder for the masks.")],
     site: Annotated[

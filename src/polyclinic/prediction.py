@@ -1,4 +1,4 @@
-"""A finished run's model on new files: probabilities to CSV, masks as PNG or NIfTI."""
+"""A finished run's model, or a merged one, on new files: probabilities to CSV, masks as PNG or NIfTI."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from polyclinic.data.readers import Picture, read_picture, write_nifti_like
 from polyclinic.data.tables import load_table
 from polyclinic.data.transforms import Placement, place
 from polyclinic.errors import DataError, RunError, nearest
+from polyclinic.evaluation.inference import FALLBACK_THRESHOLD
 from polyclinic.evaluation.results import read_results
 from polyclinic.models.normalisation import shared_names
 from polyclinic.models.registry import start_model
@@ -28,13 +29,14 @@ from polyclinic.results import RunFolder
 from polyclinic.study import Study
 from polyclinic.tasks import Task, make_task
 from polyclinic.tasks.segmentation import Segmentation
+from polyclinic.vectors.merged import Merged
 
 
 def predict_files(run_folder: Path, images: Path, out: Path, *, site: str | None = None) -> Path:
     """Predict one image, every image below a folder, or the images of a table.
 
     Args:
-        run_folder: Of a finished run (one method and seed).
+        run_folder: Of a finished run (one method and seed), or of a model that ``polyclinic vectors merge`` wrote.
         images: An image file, a folder, or a CSV or Parquet table with a column ``image`` of paths relative to it.
         out: A CSV file (classification), or a folder (segmentation) that gets one mask per image, PNG for flat
             images and NIfTI for volumes, at the image's own size, its values the indices of the classes.
@@ -48,12 +50,14 @@ def predict_files(run_folder: Path, images: Path, out: Path, *, site: str | None
         RunError: The run is not finished, is a comparison, or has no such model; or ``out`` cannot be written.
         DataError: No images, or one that cannot be read.
     """
-    study = RunFolder(run_folder).study()
-    model = load_model(run_folder, study, site)
+    merged = Merged.load(run_folder) if Merged.is_there(run_folder) else None
+    study = RunFolder(run_folder).study() if merged is None else merged.study()
+    model = load_model(run_folder, study, site) if merged is None else _load_merged(merged, study, site)
     task = make_task(study.task, study.training)
     source, references = _references(images)
     if isinstance(task, Segmentation):
-        threshold = kept_threshold(run_folder, study, site)
+        unchosen = merged is not None and study.task.threshold == "validation"
+        threshold = FALLBACK_THRESHOLD if unchosen else kept_threshold(run_folder, study, site)
         for reference, path in _mask_names(references, len(study.data.image.size), out).items():
             mask, picture = _predicted_mask(model, task, study, threshold, source, reference)
             _write_mask(mask, path, source, reference, picture)
@@ -97,6 +101,14 @@ def load_model(run_folder: Path, study: Study, site: str | None = None) -> nn.Mo
     if missing:
         raise RunError(f"{folder / wanted}.safetensors lacks {missing[0]!r}: it belongs to another network.")
     load_tensors(model, tensors)
+    return model.eval()
+
+
+def _load_merged(merged: Merged, study: Study, site: str | None) -> nn.Module:
+    if site is not None:
+        raise RunError(f"{merged.folder} holds one merged model for all sites: leave out --site.")
+    model = start_model(study)
+    load_tensors(model, merged.tensors())
     return model.eval()
 
 

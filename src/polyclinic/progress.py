@@ -58,6 +58,12 @@ class TerminalObserver:
             if not self._live:
                 self._console.print(f"{site}: {total} images read")
 
+    def working(self, what: str, done: int, total: int) -> None:
+        """So many parts of a long piece of work that is no training are done; its bar goes with the last."""
+        self._show(what, done, total, "")
+        if done == total:
+            self._drop(what)
+
     def run_started(self, study: Study, sites: list[str], finished: int) -> None:
         """Training begins, or goes on after ``finished`` rounds."""
         self._label = f"{study.method.title}, seed {study.seed}"

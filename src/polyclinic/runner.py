@@ -45,6 +45,9 @@ class Observer(Protocol):
     def loading(self, site: str, done: int, total: int) -> None:
         """So many of a site's images are decoded."""
 
+    def working(self, what: str, done: int, total: int) -> None:
+        """So many parts of a long piece of work that is no training are done."""
+
     def run_started(self, study: Study, sites: list[str], finished: int) -> None:
         """Training begins, or goes on after ``finished`` rounds."""
 
@@ -62,6 +65,9 @@ class Silent:
     """An observer that says nothing."""
 
     def loading(self, site: str, done: int, total: int) -> None:
+        """Ignore."""
+
+    def working(self, what: str, done: int, total: int) -> None:
         """Ignore."""
 
     def run_started(self, study: Study, sites: list[str], finished: int) -> None:

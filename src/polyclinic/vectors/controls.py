@@ -15,6 +15,7 @@ from torch import Tensor
 
 from polyclinic.evaluation.predictions import Predictions
 from polyclinic.evaluation.summary import SiteResult, summarise
+from polyclinic.runner import Observer, Silent
 from polyclinic.vectors.base import Base
 from polyclinic.vectors.coordinator import NAME, Coordinator, ensemble
 from polyclinic.vectors.filters.controls import RandomControl, ShuffledControl
@@ -54,7 +55,7 @@ def control_table(
     recipe: Recipe,
     coordinator: Coordinator,
     merged: Mapping[str, State],
-    say: Callable[[str], None] = lambda line: None,
+    observer: Observer | None = None,
 ) -> list[Row]:
     """Judge the base, single sites, controls and merged models on the coordinator's test images.
 
@@ -64,12 +65,14 @@ def control_table(
         recipe: How.
         coordinator: Restores and judges.
         merged: Finished models by the name that the table gives them.
-        say: Told in a line what is judged.
+        observer: Told of progress.
 
     Returns:
         A row a model: controls first, merged models last.
     """
-    judged = _Judged(coordinator, say)
+    # A head that was solved on the base needs no vectors, and what was sent for it has none.
+    sources = [one for one in sources if one.names("vector")] if recipe.rule.name != "base" else []
+    judged = _Judged(coordinator, observer or Silent(), 2 * len(sources) + len(merged) + 4)
     judged.add("base", _tensors(base))
     judged.add("base, restored", coordinator.restored(_tensors(base), recipe.restoration))
     if sources:
@@ -113,14 +116,14 @@ def _tensors(base: Base) -> State:
 class _Judged:
     """Models by name, and how they did."""
 
-    def __init__(self, coordinator: Coordinator, say: Callable[[str], None]) -> None:
-        self.coordinator, self.say = coordinator, say
+    def __init__(self, coordinator: Coordinator, observer: Observer, models: int) -> None:
+        self.coordinator, self._observer, self._models = coordinator, observer, models
         self.said: dict[str, Any] = {}
         self.results: dict[str, SiteResult] = {}
 
     def add(self, name: str, state: Mapping[str, Tensor]) -> str:
-        self.say(name)
         self.said[name] = self.coordinator.predictions(state)
+        self._observer.working("models judged", len(self.said), self._models)
         self.results[name] = self.coordinator.report(self.said[name])
         return name
 

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from polyclinic.errors import ContributionError, RunError
 from polyclinic.models.weights import read_tensors
+from polyclinic.study import DataSettings, Study, TableSettings
 from polyclinic.vectors.base import LARGEST_SPEC, SPEC_FILE, BaseSpec
 from polyclinic.vectors.folders import read_small, validated
 from polyclinic.vectors.recipe import Recipe
+from polyclinic.vectors.record import MergeRecord
 
 MODEL_FILE, RECIPE_FILE, RECORD_FILE, CARD_FILE = "model.safetensors", "recipe.json", "merge.json", "card.html"
 LARGEST_RECORD = 2**26
@@ -38,6 +40,11 @@ class Merged:
     base_spec: BaseSpec
     record: dict[str, Any]
 
+    @staticmethod
+    def is_there(folder: Path) -> bool:
+        """Whether a folder holds a merged model."""
+        return (folder / RECORD_FILE).is_file()
+
     @classmethod
     def load(cls, folder: Path) -> Merged:
         """Open the folder that ``polyclinic vectors merge`` wrote.
@@ -45,10 +52,18 @@ class Merged:
         Raises:
             ContributionError: It is none, or damaged.
         """
-        if not (folder / RECORD_FILE).is_file():
+        if not cls.is_there(folder):
             raise ContributionError(f"{folder} holds no merged model: it has no {RECORD_FILE}.")
         spec = validated(BaseSpec, read_small(folder / SPEC_FILE, LARGEST_SPEC), str(folder / SPEC_FILE))
-        return cls(folder, spec, json.loads(read_small(folder / RECORD_FILE, LARGEST_RECORD)))
+        raw = read_small(folder / RECORD_FILE, LARGEST_RECORD)
+        validated(MergeRecord, raw, str(folder / RECORD_FILE))
+        return cls(folder, spec, json.loads(raw))
+
+    def study(self) -> Study:
+        """A study with the base's network, preprocessing and classes, and no images of its own."""
+        spec = self.base_spec
+        data = DataSettings(tables=[TableSettings(path="none")], image=spec.image)
+        return Study(name=spec.id, task=spec.task, data=data, model=spec.model)
 
     @property
     def lineage(self) -> list[str]:

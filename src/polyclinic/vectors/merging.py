@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from torch import Tensor
 from polyclinic.errors import ContributionError
 from polyclinic.models.weights import read_tensors
 from polyclinic.results import environment
-from polyclinic.runner import Observer
+from polyclinic.runner import Observer, Silent
 from polyclinic.secure.identity import Identity
+from polyclinic.secure.key_files import to_base64
 from polyclinic.study import Study
 from polyclinic.vectors.admission import Admission
-from polyclinic.vectors.base import SPEC_FILE, Base, check_finite, check_variance, weights_digest
+from polyclinic.vectors.base import SPEC_FILE, Base, weights_digest
 from polyclinic.vectors.card import write_card
 from polyclinic.vectors.contribution import Contribution
 from polyclinic.vectors.controls import Row, control_table, judging
@@ -30,10 +33,11 @@ from polyclinic.vectors.merge import MergeReport, merge
 from polyclinic.vectors.merged import CARD_FILE, MODEL_FILE, RECIPE_FILE, RECORD_FILE, Merged
 from polyclinic.vectors.recipe import Recipe
 from polyclinic.vectors.record import MergeRecord
-from polyclinic.vectors.sources import InMemoryTensors
-from polyclinic.vectors.tensor_file import TensorWriter
+from polyclinic.vectors.tensor_file import TensorFile, TensorWriter, header_room
 from polyclinic.vectors.words import in_words
 
+HASHING = 2
+"""Threads that hash files; each keeps a core busy."""
 FEWEST_NEW = 3
 """A release that differs from another by fewer contributions than this tells much of each of them."""
 
@@ -70,6 +74,11 @@ def merge_ledger(
     """
     opened = Ledger.open(ledger)
     base = opened.base
+    if identity is not None and to_base64(identity.public) != opened.about.key:
+        raise ContributionError(
+            f"the ledger is signed by {opened.about.coordinator!r}, but the key is {identity.fingerprint}: the model "
+            "could not be noted in it. Give the coordinator's --key, or none."
+        )
     admitted = explain_ledger(opened)
     used = used_contributions(opened, admitted, recipe)
     if recipe.restoration.needs_images and study is None:
@@ -80,16 +89,15 @@ def merge_ledger(
     with tempfile.TemporaryDirectory() as scratch, whole_folder(out) as staged:
         coordinator = None if study is None else Coordinator(base, study, Path(scratch), observer)
         path = staged / MODEL_FILE
-        report = _merged_file(path, base, used, recipe, coordinator)
+        report = _merged_file(path, base, used, recipe, coordinator, observer or Silent())
         states = {}
         if coordinator is not None:
             states["merged"] = read_tensors(path)[0]
             if recipe.restoration.needs_images:
                 states["merged, restored"] = coordinator.restored(states["merged"], recipe.restoration)
                 _write_model(path, base, states["merged, restored"])
-        final = read_tensors(path)[0]
-        rows = [] if coordinator is None else control_table(base, used, recipe, coordinator, states)
-        record = _record(opened, base, admitted, used, recipe, report, final, rows, coordinator, purpose)
+        rows = [] if coordinator is None else control_table(base, used, recipe, coordinator, states, observer)
+        record = _record(opened, base, admitted, used, recipe, report, path, rows, coordinator, purpose)
         text = json.dumps(recipe.model_dump(mode="json"), indent=1, sort_keys=True)
         write_whole(staged / RECIPE_FILE, text.encode() + b"\n")
         write_whole(staged / SPEC_FILE, read_small(base.folder / SPEC_FILE, 2**24))
@@ -111,11 +119,11 @@ def evaluate_ledger(ledger: Path, recipe: Recipe, study: Study, observer: Observ
     with tempfile.TemporaryDirectory() as scratch:
         coordinator = Coordinator(opened.base, study, Path(scratch), observer)
         path = Path(scratch) / MODEL_FILE
-        _merged_file(path, opened.base, used, recipe, coordinator)
+        _merged_file(path, opened.base, used, recipe, coordinator, observer or Silent())
         states = {"merged": read_tensors(path)[0]}
         if recipe.restoration.needs_images:
             states["merged, restored"] = coordinator.restored(states["merged"], recipe.restoration)
-        return control_table(opened.base, used, recipe, coordinator, states)
+        return control_table(opened.base, used, recipe, coordinator, states, observer)
 
 
 def verify_model(ledger: Ledger, folder: Path) -> list[str]:
@@ -125,9 +133,7 @@ def verify_model(ledger: Ledger, folder: Path) -> list[str]:
         ContributionError: It was altered, or names contributions or a base that the ledger does not hold.
     """
     merged = Merged.load(folder)
-    tensors = merged.tensors()
-    found = weights_digest(InMemoryTensors(tensors), tensors, str(folder / MODEL_FILE))
-    if found != merged.record["weights_sha256"]:
+    if _digest_of(folder / MODEL_FILE, ledger.base) != merged.record["weights_sha256"]:
         raise ContributionError(f"{folder / MODEL_FILE} was altered: its values are not those of {RECORD_FILE}.")
     if merged.record["base_digest"] != ledger.base.digest:
         raise ContributionError(f"{folder} was merged from another base than the ledger's.")
@@ -156,11 +162,17 @@ def used_contributions(ledger: Ledger, admitted: Mapping[str, Admission], recipe
 
 
 def _merged_file(
-    path: Path, base: Base, used: Sequence[Contribution], recipe: Recipe, coordinator: Coordinator | None
+    path: Path,
+    base: Base,
+    used: Sequence[Contribution],
+    recipe: Recipe,
+    coordinator: Coordinator | None,
+    observer: Observer,
 ) -> MergeReport:
     """Merge into a file, layer by layer. Every contribution is hashed first: what is merged is what was signed."""
-    for contribution in used:
-        contribution.verify_files()
+    with ThreadPoolExecutor(HASHING) as threads:
+        for done, _ in enumerate(threads.map(Contribution.verify_files, used), 1):
+            observer.working("files checked", done, len(used))
     judge: Callable[[Mapping[str, Tensor]], float] | None = None
     if coordinator is not None:
         chosen = coordinator
@@ -168,9 +180,16 @@ def _merged_file(
         def judge(candidate: Mapping[str, Tensor]) -> float:
             return chosen.score(chosen.restored(candidate, judging(recipe.restoration)))
 
-    specs = [(spec.name, spec.dtype, spec.shape) for spec in base.outline.specs]
-    with TensorWriter(path, specs) as writer:
-        return merge(base.outline, base, used, recipe, writer.write, judge=judge)
+    specs = base.outline.specs
+    with TensorWriter(path, [(spec.name, spec.dtype, spec.shape) for spec in specs]) as writer:
+
+        def write(name: str, tensor: Tensor) -> None:
+            writer.write(name, tensor)
+            written.append(name)
+            observer.working("layers merged", len(written), len(specs))
+
+        written: list[str] = []
+        return merge(base.outline, base, used, recipe, write, judge=judge)
 
 
 def _write_model(path: Path, base: Base, state: Mapping[str, Tensor]) -> None:
@@ -186,7 +205,7 @@ def _record(
     used: Sequence[Contribution],
     recipe: Recipe,
     report: MergeReport,
-    final: Mapping[str, Tensor],
+    model: Path,
     rows: Sequence[Row],
     coordinator: Coordinator | None,
     purpose: str,
@@ -194,6 +213,7 @@ def _record(
     digests = [one.digest for one in used]
     warnings = _warnings(ledger, admitted, digests)
     spec = base.spec
+    parameters = sum(math.prod(one.shape) for one in base.outline.weights)
     restored = recipe.restoration.model_dump(mode="json") if recipe.restoration.mode != "none" else {}
     raw = {
         "schema": "polyclinic-merge/1",
@@ -203,7 +223,10 @@ def _record(
         "task": spec.task.kind,
         "classes": spec.task.classes,
         "image": spec.model_dump(mode="json")["image"],
-        "model": {**spec.model_dump(mode="json")["model"], "parameters": _weights(base)},
+        "model": {
+            **spec.model_dump(mode="json")["model"],
+            "parameters": parameters,
+        },
         "base_id": spec.id,
         "base_version": spec.version,
         "base_digest": base.digest,
@@ -217,11 +240,11 @@ def _record(
         ],
         "shares": report.shares,
         "metrics": [_stage(row) for row in rows],
-        "checks": _checks(base, final, used),
+        "checks": _checks(base, used),
         "warnings": warnings,
         "notes": report.notes,
         "limits": _limits(coordinator),
-        "weights_sha256": weights_digest(InMemoryTensors(final), final, "the merged model"),
+        "weights_sha256": _digest_of(model, base),
         "set_digest": hashlib.sha256("\n".join(digests).encode()).hexdigest(),
         "chain_head": ledger.head,
         "software": {k: v for k, v in environment().items() if k in ("polyclinic", "commit", "python", "torch")},
@@ -229,16 +252,6 @@ def _record(
         "reproduce": ["polyclinic vectors merge LEDGER --recipe MERGED/recipe.json --out AGAIN"],
     }
     return MergeRecord.model_validate(raw).model_dump(mode="json", by_alias=True)
-
-
-def _weights(base: Base) -> int:
-    total = 0
-    for spec in base.outline.weights:
-        count = 1
-        for size in spec.shape:
-            count *= size
-        total += count
-    return total
 
 
 def _whose(coordinator: Coordinator) -> str:
@@ -287,32 +300,30 @@ def _contribution(
     }
 
 
-def _checks(base: Base, final: Mapping[str, Tensor], used: Sequence[Contribution]) -> list[dict[str, Any]]:
+def _digest_of(model: Path, base: Base) -> str:
+    """Of all values, read one tensor at a time.
+
+    Raises:
+        ContributionError: A value is not finite, or a variance not positive.
+    """
+    most = sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in base.outline.specs)
+    room = header_room(len(base.outline.specs))
+    with TensorFile(model, max_bytes=most + room + 8, max_header=room) as file:
+        return weights_digest(file, file.specs, str(model))
+
+
+def _checks(base: Base, used: Sequence[Contribution]) -> list[dict[str, Any]]:
     """What was checked on the way here; whatever fails ends the merge."""
-    for name, tensor in final.items():
-        check_finite(tensor, f"the merged {name}")
-        if name.endswith("running_var"):
-            check_variance(tensor, name, "the merged model")
-    counted = f"{len(used)} contributions" if len(used) != 1 else "1 contribution"
-    return [
-        {
-            "name": "signature, base, classes, names, shapes and types of each contribution",
-            "passed": True,
-            "detail": counted,
-        },
-        {
-            "name": "every file is the one that was signed, hashed just before it was merged",
-            "passed": True,
-            "detail": counted,
-        },
-        {"name": "every merged value is finite", "passed": True, "detail": f"{len(final)} tensors"},
-        {
-            "name": "every variance is positive",
-            "passed": True,
-            "detail": f"{sum(n.endswith('running_var') for n in final)} tensors",
-        },
-        {"name": "names and shapes are the base's", "passed": True, "detail": base.digest[:12]},
-    ]
+    counted = f"{len(used)} contribution{'s'[: len(used) != 1]}"
+    specs = base.outline.specs
+    passed = {
+        "signature, base, classes, names, shapes and types of each contribution": counted,
+        "every file is the one that was signed, hashed just before it was merged": counted,
+        "every merged value is finite": f"{len(specs)} tensors",
+        "every variance is positive": f"{sum(spec.name.endswith('running_var') for spec in specs)} tensors",
+        "names and shapes are the base's": base.digest[:12],
+    }
+    return [{"name": name, "passed": True, "detail": detail} for name, detail in passed.items()]
 
 
 def _warnings(ledger: Ledger, admitted: Mapping[str, Admission], digests: Sequence[str]) -> list[str]:

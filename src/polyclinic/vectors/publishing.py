@@ -8,6 +8,7 @@ from polyclinic.errors import ContributionError
 from polyclinic.models.weights import read_tensors
 from polyclinic.study import Study
 from polyclinic.vectors.base import Base, publish_base
+from polyclinic.vectors.base_spec import AT_HOME
 from polyclinic.vectors.merged import Merged
 
 
@@ -33,7 +34,12 @@ def publish(
         return publish_base(study, None if weights is None else read_tensors(weights)[0], out, version=version)
     found = Merged.load(merged)
     base = found.base_spec
-    for name in ("task", "model"):
-        if getattr(study, name) != getattr(base, name):
+    pairs = {
+        "task": (base.task, study.task, set[str]()),
+        "model": (base.model, study.model, {"weights"}),
+        "data.image": (base.image, study.data.image, set(AT_HOME)),
+    }
+    for name, (wanted, seen, but) in pairs.items():
+        if wanted.model_dump(exclude=but) != seen.model_dump(exclude=but):
             raise ContributionError(f"the study's {name} differs from that of the merged model's base in {merged}.")
     return publish_base(study, found.tensors(), out, version=version, lineage=found.lineage)
