@@ -1,7 +1,8 @@
 """Other ways to merge the files of ``merge.py``: a plain script, which this file is, and how mergekit is told to.
 
 ``python merge_peers.py RULE BASE OUT VECTOR...`` is the merge as people write it down: all files are loaded, each
-tensor of all sites is stacked, sorted and added in float32. It ends with a line of JSON: seconds until it could start.
+tensor of all sites is stacked, sorted and added in float32. It ends with a line of JSON: the clock and its
+processor seconds when its imports were done.
 """
 
 from __future__ import annotations
@@ -65,11 +66,11 @@ def main() -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    ready = time.perf_counter()
+    ready = {"clock": time.perf_counter(), "cpu": time.process_time()}
     start = load_file(base)
     changes = [load_file(vector) for vector in vectors]
     save_file({name: start[name] + merged(rule, torch.stack([c[name] for c in changes])) for name in start}, out)
-    print(json.dumps({"ready": ready}))
+    print(json.dumps(ready))
 
 
 if __name__ == "__main__":

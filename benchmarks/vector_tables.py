@@ -326,7 +326,8 @@ def plot(folder: Path, path: Path, seeds: Sequence[int]) -> None:
     from matplotlib import pyplot
 
     datasets = sorted(p.name for p in folder.iterdir() if p.is_dir() and list(p.glob("*.npz")))
-    lines = {"sum": "C3", "mean": "C0", "model-stock": "C2", "single": "C7", "random, mean": "C8", "pooled": "black"}
+    lines = {"sum": "C3", "mean": "C0", "model-stock": "C2", "ridge head on merged": "C4", "single": "C7"}
+    lines |= {"random, mean": "C8", "pooled": "black"}
     divisions = ("iid", "dirichlet-1.0", "dirichlet-0.3", "dirichlet-0.1")
     figure, axes = pyplot.subplots(
         len(datasets), len(divisions), figsize=(12, 3 * len(datasets)), sharex=True, sharey="row", squeeze=False

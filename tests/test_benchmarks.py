@@ -195,3 +195,108 @@ def test_peers_find_the_mean(secure_sum: ModuleType, peer: str, package: str, ap
     assert 0 < found["error"] < apart
     assert found["up"] > 2 * 4 * 2000
     assert all(spent[1] > 0 for spent in itertools.chain(*(p.values() for p in meter.seconds.values())))
+
+
+@pytest.fixture
+def merging(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(OVERHEAD.parent))
+    return importlib.import_module("merge")
+
+
+FAKE = """#!{python}
+import json, pathlib, sys
+if sys.argv[1] != "--help":
+    from safetensors.numpy import load_file, save_file
+    config = json.loads(pathlib.Path(sys.argv[1]).read_text())
+    assert config["merge_method"] == "task_arithmetic" and config["parameters"]["normalize"] is False
+    base, models = load_file(config["base_model"]), [load_file(one["model"]) for one in config["models"]]
+    pathlib.Path(sys.argv[2]).mkdir()
+    merged = {{name: base[name] + sum(one[name] - base[name] for one in models) for name in base}}
+    save_file(merged, sys.argv[2] + "/model.safetensors")
+"""
+
+
+def test_merges_are_measured_side_by_side_and_their_files_removed(
+    merging: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program, scratch = tmp_path / "mergekit-pytorch", tmp_path / "scratch"
+    program.write_text(FAKE.format(python=sys.executable), encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setattr(merging, "QUICK", {"width": 8, "depth": 1, "sites": 3})
+    monkeypatch.setattr(merging, "packages", lambda program: {"mergekit": "9.9"})
+    command = ["merge.py", "--quick", "--only", "sum", "--mergekit", str(program), "--scratch", str(scratch)]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path)])
+    merging.main()
+    assert "sum/0: measuring" in capsys.readouterr().out
+    assert list(scratch.iterdir()) == []
+    cell = json.loads((tmp_path / "merge-quick.json").read_text(encoding="utf-8"))["cells"]["sum/0"]["measured"]
+    assert cell["largest_tensor"] == 4 * 1000 * 8
+    found = cell["programs"]
+    assert set(found) == {"ours", "plain", "mergekit"}
+    assert 0 < found["plain"]["apart"] < 1e-6
+    assert 0 < found["mergekit"]["apart"] < 1e-6
+    assert len(found["ours"]["reads"]) == 3
+    assert 0 < found["ours"]["held"] <= found["ours"]["peak"]
+    assert all(0 < one["start"] < one["wall"] and one["cpu"] > 0 and one["closing"] > 0 for one in found.values())
+    merging.main()
+    assert "measuring" not in capsys.readouterr().out
+
+
+def test_merges_of_the_plain_script_are_ours(merging: ModuleType, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    probes, peers = (importlib.import_module(name) for name in ("merge_probes", "merge_peers"))
+    made = probes.write(str(tmp_path), 8, 1, 4)
+    base = load_file(tmp_path / "base.safetensors")
+    vectors = [load_file(path) for path in probes.files(tmp_path, "vector", 4)]
+    models = [load_file(path) for path in probes.files(tmp_path, "model", 4)]
+    assert made["values"] == sum(tensor.numel() for tensor in base.values())
+    name = "head.weight"
+    assert np.allclose(models[3][name], base[name] + vectors[3][name], atol=1e-7)
+    assert np.corrcoef(*(v[name].flatten() for v in vectors[:2]))[0, 1] == pytest.approx(0.5, abs=0.05)
+    assert probes.shapes(768, 12)["blocks.11.mlp.fc1.weight"] == (3072, 768)
+    assert sum(int(np.prod(shape)) for shape in probes.shapes(768, 12).values()) == 86_567_656  # ViT-B/16
+    for rule in merging.RULES:
+        out = tmp_path / f"{rule}.safetensors"
+        probes.ours(str(tmp_path), rule, 4, str(out), 0.0)
+        ours = load_file(out)
+        for name, start in base.items():
+            stack = np.stack([vector[name] for vector in vectors])
+            plain = peers.merged(rule, importlib.import_module("torch").tensor(stack))
+            assert np.allclose(ours[name], start + plain, atol=1e-6), (rule, name)
+    # One that is not the script's: the sum of the first is told apart from the median, and by how much.
+    far = probes.apart(*(str(tmp_path / f"{name}.safetensors") for name in ("base", "sum", "median")))["apart"]
+    assert 0.6 < far < 0.9, "a median is about a quarter of the sum"
+
+
+def test_goals_of_merges_count_the_disk_and_compare_neighbours(merging: ModuleType) -> None:
+    def cell(merge: float, peak: float, read: float = 1.0) -> dict[str, object]:
+        part = {"start": 5.0, "wall": 5.0 + merge, "closing": 0.5, "writing": 0.25, "hashing": 2.0, "cpu": 1.0}
+        part |= {"into_nothing": 1.0, "reads": [read, 9.0, 0.1], "held": 200.0, "peak": peak, "anonymous": 1.0}
+        peer = {**part, "wall": 5.0 + 4 * merge + 1.5}
+        programs = {"ours": {**part, "apart": 0.0}, "plain": {**peer, "apart": 1e-7}}
+        return {"programs": programs, "sites": 10, "largest_tensor": 10**7, "values": 9, "file": 36}
+
+    found = {"sum": [cell(1.0, 500), cell(2.0, 560, 2.0), cell(1.02, 500)], "median": [cell(1.0, 600)]}
+    rows = {row[0]: row[1:] for row in merging.goals(found).rows}
+    assert rows["sum: merging beside reading the files once"] == ["at most 1.5 x", "1.50 (1.25 to 1.52) x", "yes", ""]
+    assert rows["sum: most memory of the process"] == ["at most 600 MB", "524 (524 to 587) MB", "yes", ""]
+    assert rows["median: most memory of the process"] == ["at most 600 MB", "629 MB", "no", ""]
+    assert not merging.goals({"sum": [cell(1.1, 1)]}).rows[0][3].startswith("yes")
+    table = merging.side_by_side(found)
+    by_program = {(row[0], row[1]): row for row in table.rows}
+    assert by_program["median", "plain torch script"][6] == "4.00 x"
+    assert by_program["sum", "mergekit-pytorch"][2].startswith("not installed")
+    assert by_program["median", "mergekit-pytorch"][2] == "has no such method"
+    tables = [table, merging.ours(found), merging.goals(found)]
+    assert all(len(row) == len(one.columns) for one in tables for row in one.rows)
+
+
+def test_a_watched_program_tells_its_memory_and_its_failure(merging: ModuleType) -> None:
+    code = "import time; a = bytes(2**27); b = bytearray(a); time.sleep(0.2); print('first'); print('last')"
+    seen = merging.watched([sys.executable, "-c", code])
+    assert seen["said"] == "last"
+    assert 0.2 < seen["wall"] < 60
+    assert 128 < seen["anonymous"] <= seen["peak"]
+    with pytest.raises(SystemExit, match="no such rule"):
+        merging.watched([sys.executable, "-c", "raise ValueError('no such rule')"])

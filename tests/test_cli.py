@@ -29,6 +29,9 @@ COMMANDS = [
     ["audit"],
     ["audit", "collusion"],
     *(["keys"], *(["keys", name] for name in ("new", "show", "trust", "pair"))),
+    ["vectors"],
+    *(["vectors", name] for name in ("base", "train", "create", "ledger", "add", "list", "verify", "remove")),
+    *(["vectors", name] for name in ("accept", "hold", "merge", "evaluate", "explain")),
 ]
 
 

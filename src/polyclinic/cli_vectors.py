@@ -111,24 +111,32 @@ def vectors_create(
     modality: Annotated[str, typer.Option(help="Kind of images, for people.")] = "",
 ) -> None:
     """At a site: audit what would leave, then write one signed contribution."""
-    from polyclinic.vectors.create import CreateOptions, create_contribution
+    from pydantic import ValidationError
 
-    options = CreateOptions(
-        sequence=sequence,
-        replaces=[part.strip() for part in replaces.split(",") if part.strip()],
-        vector=vector,
-        fisher=fisher,
-        gram=gram,
-        statistics=statistics,
-        head=head,
-        precision=precision,
-        images_per_class=counts,
-        fewest=fewest,
-        max_auc=max_auc,
-        licence=licence,
-        ethics=ethics,
-        modality=modality,
-    )
+    from polyclinic.errors import StudyError
+    from polyclinic.vectors.create import CreateOptions, create_contribution
+    from polyclinic.yaml_settings import explain
+
+    given = {
+        "sequence": sequence,
+        "replaces": [part.strip() for part in replaces.split(",") if part.strip()],
+        "vector": vector,
+        "fisher": fisher,
+        "gram": gram,
+        "statistics": statistics,
+        "head": head,
+        "precision": precision,
+        "images_per_class": counts,
+        "fewest": fewest,
+        "max_auc": max_auc,
+        "licence": licence,
+        "ethics": ethics,
+        "modality": modality,
+    }
+    try:
+        options = CreateOptions.model_validate(given)
+    except ValidationError as error:
+        raise StudyError(explain(error, CreateOptions, "these options are not valid:")) from None
     with progress(1) as shown:
         made = create_contribution(base, run, out_, _identity(key), options, shown)
     audit = made.manifest.privacy.membership
@@ -167,8 +175,9 @@ def vectors_add(
     opened = Ledger.open(ledger)
     added = opened.add(contribution, _identity(key))
     say(f"added: {added.digest} of {added.site}")
-    report = explain_ledger(ledger)[added.digest]
-    _verdict(report)
+    # Sums for a head alone have no vector that could be compared.
+    if added.names("vector"):
+        _verdict(explain_ledger(ledger)[added.digest])
     say(f"head: {opened.head}")
 
 
@@ -298,11 +307,19 @@ def vectors_explain(
 ) -> None:
     """Say of each contribution how it compares with the others, and why it is merged or held back."""
     from polyclinic.vectors.explaining import explain_ledger
+    from polyclinic.vectors.ledger import Ledger
 
-    for found, report in explain_ledger(ledger).items():
-        if found.startswith(digest):
-            out.print(f"[bold]{found[:12]}[/bold] of {escape(report.site)}")
-            _verdict(report)
+    opened = Ledger.open(ledger)
+    reports = explain_ledger(opened)
+    wanted = [opened.find(digest)] if digest else [one.digest for one in opened.contributions]
+    for found in wanted:
+        if found in reports:
+            out.print(f"[bold]{found[:12]}[/bold] of {escape(reports[found].site)}")
+            _verdict(reports[found])
+        else:
+            say(f"{found[:12]} brings no vector: there is nothing to compare")
+    if not wanted:
+        say("no contributions yet")
 
 
 def _verdict(report: Any) -> None:
@@ -328,8 +345,10 @@ def _stages(rows: list[dict[str, Any]]) -> None:
         return
     from polyclinic.evaluation.names import metric_label
 
-    wanted = [name for name in ("balanced_accuracy", "auroc", "accuracy", "dice") if name in rows[0]["metrics"]]
-    table = Table("model", *map(metric_label, wanted), box=SIMPLE)
+    wanted = [name for name in ("balanced_accuracy", "auroc", "dice") if name in rows[0]["metrics"]]
+    table = Table("model", box=SIMPLE)
+    for name in wanted:
+        table.add_column(metric_label(name), no_wrap=True)
     for row in rows:
         table.add_row(escape(row["name"]), *(_shown(row["metrics"][name]) for name in wanted))
     out.print(table)

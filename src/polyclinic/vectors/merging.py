@@ -76,8 +76,8 @@ def merge_ledger(
     base = opened.base
     if identity is not None and to_base64(identity.public) != opened.about.key:
         raise ContributionError(
-            f"the ledger is signed by {opened.about.coordinator!r}, but the key is {identity.fingerprint}: the model "
-            "could not be noted in it. Give the coordinator's --key, or none."
+            f"the ledger is signed by {opened.about.coordinator!r}, but the key is that of {identity.site!r}, "
+            f"{identity.fingerprint}: the model could not be noted in it. Give the coordinator's --key, or none."
         )
     admitted = explain_ledger(opened)
     used = used_contributions(opened, admitted, recipe)
