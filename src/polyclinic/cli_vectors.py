@@ -76,11 +76,22 @@ def vectors_train(
     data_root: DataRoot = None,
 ) -> None:
     """At a site: fine-tune the base on your own images, as any study is trained. Nothing leaves."""
+    from polyclinic.errors import SiteError
+    from polyclinic.results import new_folder
     from polyclinic.vectors.fine_tuning import fine_tune_base
 
     loaded = load(study, set_, seed, device, data_root)
-    with progress(1) as shown:
-        folder = fine_tune_base(base, loaded, out=out_, resume=resume, observer=shown)
+    given = resume or new_folder(loaded, out_)
+    again = f"Finished rounds are safe: go on with polyclinic vectors train {base} {study} --resume {given}"
+    try:
+        with progress(1) as shown:
+            folder = fine_tune_base(base, loaded, out=None if resume else given, resume=resume, observer=shown)
+    except KeyboardInterrupt:
+        err.print(f"stopped. {escape(again)}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    except SiteError:
+        err.print(escape(again), soft_wrap=True)
+        raise
     say(f"report: {folder / 'report.html'}")
     say(f"next: polyclinic vectors create {base} {folder} --key NAME.key --out FOLDER")
 

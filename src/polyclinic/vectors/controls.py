@@ -72,18 +72,19 @@ def control_table(
     """
     # A head that was solved on the base needs no vectors, and what was sent for it has none.
     sources = [one for one in sources if one.names("vector")] if recipe.rule.name != "base" else []
-    judged = _Judged(coordinator, observer or Silent(), 2 * len(sources) + len(merged) + 4)
+    restores = 1 + recipe.restoration.needs_images
+    models = restores * (1 + len(sources)) + 2 * bool(sources) + len(merged)
+    judged = _Judged(coordinator, observer or Silent(), models)
     judged.add("base", _tensors(base))
-    judged.add("base, restored", coordinator.restored(_tensors(base), recipe.restoration))
+    restored = ", restored" if recipe.restoration.needs_images else ""
+    if restored:
+        judged.add("base, restored", coordinator.restored(_tensors(base), recipe.restoration))
     if sources:
         _single_sites(judged, base, sources, recipe)
-        for title, noise in (
-            ("random vectors, restored", RandomControl()),
-            ("shuffled vectors, restored", ShuffledControl()),
-        ):
+        for title, noise in {"random": RandomControl(), "shuffled": ShuffledControl()}.items():
             noisy = recipe.model_copy(update={"filters": [noise, *recipe.filters]})
             state = merged_state(base, sources, noisy, coordinator)
-            judged.add(title, coordinator.restored(state, recipe.restoration))
+            judged.add(f"{title} vectors{restored}", coordinator.restored(state, recipe.restoration))
     for name, state in merged.items():
         judged.add(name, state)
     return judged.rows()
@@ -91,22 +92,24 @@ def control_table(
 
 def _single_sites(judged: _Judged, base: Base, sources: Sequence[Source], recipe: Recipe) -> None:
     """Each site's own model, with its own running statistics where it sent them."""
-    coordinator = judged.coordinator
-    names, restored, scores = [], [], []
+    coordinator, restores = judged.coordinator, recipe.restoration.needs_images
+    names, finished, scores = [], [], []
     for source in sources:
         own = Restoration(mode="bn-pooled") if source.names("statistics") else Restoration()
         alone = Recipe(rule=DataVector(coefficients="mean"), restoration=own)
         state = merged_state(base, [source], alone, None)
         names.append(judged.add(f"site {source.site}", state))
-        after = coordinator.restored(state, recipe.restoration)
-        restored.append(judged.add(f"site {source.site}, restored", after))
+        after = coordinator.restored(state, recipe.restoration) if restores else state
+        finished.append(judged.add(f"site {source.site}, restored", after) if restores else names[-1])
         scores.append(coordinator.score(after) if len(coordinator.data.splits["val"]) else 0.0)
     judged.average("one site, mean", names)
-    judged.average("one site restored, mean", restored)
-    judged.average("one site restored, best on validation", [restored[int(np.argmax(scores))]])
+    if restores:
+        judged.average("one site restored, mean", finished)
+    title = "one site restored" if restores else "one site"
+    judged.average(f"{title}, best on validation", [finished[int(np.argmax(scores))]])
     if all(isinstance(judged.said[name], Predictions) for name in names):
-        parts = [part for name in restored if isinstance(part := judged.said[name], Predictions)]
-        judged.take("ensemble of the restored sites", coordinator.report(ensemble(parts)))
+        parts = [part for name in finished if isinstance(part := judged.said[name], Predictions)]
+        judged.take(f"ensemble of the {'restored ' * restores}sites", coordinator.report(ensemble(parts)))
 
 
 def _tensors(base: Base) -> State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import tempfile
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from polyclinic.errors import ContributionError
 from polyclinic.models.weights import read_tensors
-from polyclinic.results import environment
 from polyclinic.runner import Observer, Silent
 from polyclinic.secure.identity import Identity
 from polyclinic.secure.key_files import to_base64
@@ -27,19 +25,16 @@ from polyclinic.vectors.contribution import Contribution
 from polyclinic.vectors.controls import Row, control_table, judging
 from polyclinic.vectors.coordinator import Coordinator
 from polyclinic.vectors.explaining import explain_ledger
-from polyclinic.vectors.folders import now, read_small, whole_folder, write_whole
+from polyclinic.vectors.folders import read_small, whole_folder, write_whole
 from polyclinic.vectors.ledger import Ledger
 from polyclinic.vectors.merge import MergeReport, merge
 from polyclinic.vectors.merged import CARD_FILE, MODEL_FILE, RECIPE_FILE, RECORD_FILE, Merged
-from polyclinic.vectors.recipe import Recipe
-from polyclinic.vectors.record import MergeRecord
+from polyclinic.vectors.recipe import Recipe, load_recipe
+from polyclinic.vectors.recording import Happened, record_of
 from polyclinic.vectors.tensor_file import TensorFile, TensorWriter, header_room
-from polyclinic.vectors.words import in_words
 
 HASHING = 2
 """Threads that hash files; each keeps a core busy."""
-FEWEST_NEW = 3
-"""A release that differs from another by fewer contributions than this tells much of each of them."""
 
 
 def merge_ledger(
@@ -79,6 +74,7 @@ def merge_ledger(
             f"the ledger is signed by {opened.about.coordinator!r}, but the key is that of {identity.site!r}, "
             f"{identity.fingerprint}: the model could not be noted in it. Give the coordinator's --key, or none."
         )
+    recipe = recipe.resolved(base.network())
     admitted = explain_ledger(opened)
     used = used_contributions(opened, admitted, recipe)
     if recipe.restoration.needs_images and study is None:
@@ -97,7 +93,8 @@ def merge_ledger(
                 states["merged, restored"] = coordinator.restored(states["merged"], recipe.restoration)
                 _write_model(path, base, states["merged, restored"])
         rows = [] if coordinator is None else control_table(base, used, recipe, coordinator, states, observer)
-        record = _record(opened, base, admitted, used, recipe, report, path, rows, coordinator, purpose)
+        weights = digest_of(path, base)
+        record = record_of(Happened(opened, admitted, used, recipe, report, coordinator, rows, weights, purpose))
         text = json.dumps(recipe.model_dump(mode="json"), indent=1, sort_keys=True)
         write_whole(staged / RECIPE_FILE, text.encode() + b"\n")
         write_whole(staged / SPEC_FILE, read_small(base.folder / SPEC_FILE, 2**24))
@@ -115,6 +112,7 @@ def evaluate_ledger(ledger: Path, recipe: Recipe, study: Study, observer: Observ
         ContributionError, StudyError, DataError: As ``merge_ledger``.
     """
     opened = Ledger.open(ledger)
+    recipe = recipe.resolved(opened.base.network())
     used = used_contributions(opened, explain_ledger(opened), recipe)
     with tempfile.TemporaryDirectory() as scratch:
         coordinator = Coordinator(opened.base, study, Path(scratch), observer)
@@ -133,8 +131,10 @@ def verify_model(ledger: Ledger, folder: Path) -> list[str]:
         ContributionError: It was altered, or names contributions or a base that the ledger does not hold.
     """
     merged = Merged.load(folder)
-    if _digest_of(folder / MODEL_FILE, ledger.base) != merged.record["weights_sha256"]:
+    if digest_of(folder / MODEL_FILE, ledger.base) != merged.record["weights_sha256"]:
         raise ContributionError(f"{folder / MODEL_FILE} was altered: its values are not those of {RECORD_FILE}.")
+    if load_recipe(folder / RECIPE_FILE).digest != Recipe.model_validate(merged.record["recipe"]).digest:
+        raise ContributionError(f"{folder / RECIPE_FILE} is not the recipe of {RECORD_FILE}: one of both was altered.")
     if merged.record["base_digest"] != ledger.base.digest:
         raise ContributionError(f"{folder} was merged from another base than the ledger's.")
     known = {one.digest for one in ledger.contributions}
@@ -198,109 +198,7 @@ def _write_model(path: Path, base: Base, state: Mapping[str, Tensor]) -> None:
             writer.write(spec.name, state[spec.name])
 
 
-def _record(
-    ledger: Ledger,
-    base: Base,
-    admitted: Mapping[str, Admission],
-    used: Sequence[Contribution],
-    recipe: Recipe,
-    report: MergeReport,
-    model: Path,
-    rows: Sequence[Row],
-    coordinator: Coordinator | None,
-    purpose: str,
-) -> dict[str, Any]:
-    digests = [one.digest for one in used]
-    warnings = _warnings(ledger, admitted, digests)
-    spec = base.spec
-    parameters = sum(math.prod(one.shape) for one in base.outline.weights)
-    restored = recipe.restoration.model_dump(mode="json") if recipe.restoration.mode != "none" else {}
-    raw = {
-        "schema": "polyclinic-merge/1",
-        "name": f"{spec.id}, merged",
-        "created": now(),
-        "purpose": purpose,
-        "task": spec.task.kind,
-        "classes": spec.task.classes,
-        "image": spec.model_dump(mode="json")["image"],
-        "model": {
-            **spec.model_dump(mode="json")["model"],
-            "parameters": parameters,
-        },
-        "base_id": spec.id,
-        "base_version": spec.version,
-        "base_digest": base.digest,
-        "base_lineage": spec.lineage,
-        "recipe": recipe.model_dump(mode="json"),
-        "rule_in_words": in_words(recipe),
-        "restoration": restored,
-        "restoration_data": "" if coordinator is None else _whose(coordinator),
-        "contributions": [
-            _contribution(one, admitted.get(one.digest), ledger, digests) for one in ledger.contributions
-        ],
-        "shares": report.shares,
-        "metrics": [_stage(row) for row in rows],
-        "checks": _checks(base, used),
-        "warnings": warnings,
-        "notes": report.notes,
-        "limits": _limits(coordinator),
-        "weights_sha256": _digest_of(model, base),
-        "set_digest": hashlib.sha256("\n".join(digests).encode()).hexdigest(),
-        "chain_head": ledger.head,
-        "software": {k: v for k, v in environment().items() if k in ("polyclinic", "commit", "python", "torch")},
-        "verify": ["polyclinic vectors verify LEDGER --head HEAD --model MERGED"],
-        "reproduce": ["polyclinic vectors merge LEDGER --recipe MERGED/recipe.json --out AGAIN"],
-    }
-    return MergeRecord.model_validate(raw).model_dump(mode="json", by_alias=True)
-
-
-def _whose(coordinator: Coordinator) -> str:
-    splits = coordinator.data.splits
-    return (
-        f"{len(splits['train'])} training images to restore on and {len(splits['val'])} to choose on, of "
-        f"{', '.join(sorted({case.site for case in coordinator.data.cases}))} (study {coordinator.study.name}, images "
-        f"{coordinator.digest[:12]})"
-    )
-
-
-def _stage(row: Row) -> dict[str, Any]:
-    metrics = {name: {k: cell[k] for k in ("value", "low", "high")} for name, cell in row["metrics"].items()}
-    return {**row, "metrics": metrics, "data": "the coordinator's test images"}
-
-
-def _contribution(
-    one: Contribution, report: Admission | None, ledger: Ledger, digests: Sequence[str]
-) -> dict[str, Any]:
-    manifest = one.manifest
-    audit = manifest.privacy.membership
-    privacy = manifest.privacy
-    return {
-        "digest": one.digest,
-        "site": one.site,
-        "sequence": manifest.sequence,
-        "used": one.digest in digests,
-        "images": one.images,
-        "classes_held": manifest.data.classes_held,
-        "brought": [file.name.removesuffix(".safetensors") for file in manifest.files],
-        "membership": None
-        if audit is None
-        else {k: getattr(audit, k) for k in ("auc", "low", "high", "limit", "passed")},
-        "verdict": "accept" if report is None else report.verdict,
-        "decision": ledger.decisions.get(one.digest),
-        "reasons": [] if report is None else report.reasons,
-        "notes": [] if report is None else report.notes,
-        "privacy": {
-            "mechanism": privacy.mechanism,
-            "epsilon": privacy.epsilon,
-            "delta": privacy.delta,
-            "unit": privacy.unit or "",
-        },
-        "licence": manifest.licence,
-        "ethics": manifest.data.ethics,
-    }
-
-
-def _digest_of(model: Path, base: Base) -> str:
+def digest_of(model: Path, base: Base) -> str:
     """Of all values, read one tensor at a time.
 
     Raises:
@@ -310,48 +208,3 @@ def _digest_of(model: Path, base: Base) -> str:
     room = header_room(len(base.outline.specs))
     with TensorFile(model, max_bytes=most + room + 8, max_header=room) as file:
         return weights_digest(file, file.specs, str(model))
-
-
-def _checks(base: Base, used: Sequence[Contribution]) -> list[dict[str, Any]]:
-    """What was checked on the way here; whatever fails ends the merge."""
-    counted = f"{len(used)} contribution{'s'[: len(used) != 1]}"
-    specs = base.outline.specs
-    passed = {
-        "signature, base, classes, names, shapes and types of each contribution": counted,
-        "every file is the one that was signed, hashed just before it was merged": counted,
-        "every merged value is finite": f"{len(specs)} tensors",
-        "every variance is positive": f"{sum(spec.name.endswith('running_var') for spec in specs)} tensors",
-        "names and shapes are the base's": base.digest[:12],
-    }
-    return [{"name": name, "passed": True, "detail": detail} for name, detail in passed.items()]
-
-
-def _warnings(ledger: Ledger, admitted: Mapping[str, Admission], digests: Sequence[str]) -> list[str]:
-    found = []
-    for report in admitted.values():
-        if report.verdict != "accept":
-            why = report.reasons[0] if report.reasons else "a person holds it"
-            found.append(f"{report.digest[:12]} of {report.site} was left out: {why}")
-    if 0 < len(digests) < FEWEST_NEW:
-        found.append(
-            f"made of {len(digests)} contribution{'s'[: len(digests) > 1]}: whoever knows the base and all but one can "
-            "compute that one exactly."
-        )
-    for release in ledger.releases:
-        difference = set(release.contributions) ^ set(digests)
-        if 0 < len(difference) < FEWEST_NEW:
-            found.append(
-                f"differs from release {release.model[:12]} by {len(difference)} contribution"
-                f"{'s'[: len(difference) > 1]}: whoever holds both models can compute what that brought. Release in "
-                f"batches of {FEWEST_NEW} or more."
-            )
-        if release.stale:
-            found.append(f"release {release.model[:12]} holds a contribution that was removed: withdraw it.")
-    return found
-
-
-def _limits(coordinator: Coordinator | None) -> list[str]:
-    if coordinator is None:
-        return ["It was not tested: no images were given."]
-    sites = sorted({case.site for case in coordinator.data.cases})
-    return [f"It was tested on images of {', '.join(sites)} only; other hospitals' scanners and patients may differ."]
