@@ -17,7 +17,7 @@ from torch import Tensor
 
 from polyclinic.vectors.merge import merge
 from polyclinic.vectors.recipe import Recipe
-from polyclinic.vectors.sources import Kind, Outline, Spec
+from polyclinic.vectors.sources import Kind, Make, Outline, Spec
 from polyclinic.vectors.tensor_file import TensorFile, TensorWriter
 
 CLASSES = 1000
@@ -98,6 +98,11 @@ class FileSource:
     def read(self, kind: Kind, name: str) -> Tensor:
         """One tensor."""
         return self.file.read(name)
+
+    def read_into(self, kind: Kind, name: str, make: Make) -> Tensor:
+        """One tensor, in memory that is given."""
+        spec = self.file.spec(name)
+        return self.file.read_into(name, make(spec.shape, spec.dtype))
 
 
 class Seconds:

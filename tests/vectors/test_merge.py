@@ -7,6 +7,8 @@ import math
 import random
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -24,8 +26,9 @@ from polyclinic.vectors.head import HeadSums, solve_ridge
 from polyclinic.vectors.merge import MergeReport, merge
 from polyclinic.vectors.recipe import Recipe
 from polyclinic.vectors.rules.base import Filter, Layer, Merged, Piece, Rule
-from polyclinic.vectors.sources import InMemory, InMemoryTensors, Kind, Outline, Spec
+from polyclinic.vectors.sources import Filling, InMemory, InMemoryTensors, Kind, Make, Outline, Spec
 from polyclinic.vectors.survey import cosines, norms, survey_vectors
+from polyclinic.vectors.tensor_file import TensorFile, TensorWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # rules and filters of these tests
 
@@ -536,3 +539,53 @@ class TestMemory:
         merge(outline, base, arrived, recipe, lambda name, tensor: None)
         assert alive["now"] == 0
         assert count < alive["most"] <= 2 * count
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it() -> None:
+    small = feed.SMALL
+    memory = feed._Memory(8 * small)
+    first = memory.take((small,), torch.float32)
+    place = first.data_ptr()
+    view = first.view(-1)[5:]
+    del first
+    held = memory.take((2, small), torch.float32)
+    assert held.data_ptr() != place, "a view still shows the first"
+    del view
+    assert memory.take((small // 2, 2), torch.float32).data_ptr() == place
+    assert memory.take((8,), torch.float32).data_ptr() not in (place, held.data_ptr()), "small ones are by themselves"
+    assert memory.take((3 * small,), torch.float32).shape == (3 * small,), "larger than any: by itself"
+
+
+@pytest.mark.parametrize("rule", ["data-vector", "ties", "median"])
+def test_reading_into_used_memory_changes_nothing(rule: str, tmp_path: Path) -> None:
+    shapes = {f"layer{k}": (300, 200 - 7 * k) for k in range(6)}
+    outline = Outline(tuple(Spec(n, s, torch.float32, False) for n, s in shapes.items()), "layer0", ("a",))
+
+    @dataclass(frozen=True)
+    class InFile(InMemory):
+        file: TensorFile | None = None
+
+        def read_into(self, kind: Kind, name: str, make: Make) -> torch.Tensor:
+            spec = self.file.spec(name)
+            return self.file.read_into(name, make(spec.shape, spec.dtype))
+
+    plain, filled = [], []
+    for j in range(3):
+        tensors = {n: torch.randn(s, generator=torch.Generator().manual_seed(j)) for n, s in shapes.items()}
+        with TensorWriter(tmp_path / f"{j}", [(n, torch.float32, s) for n, s in shapes.items()]) as out:
+            for name, tensor in tensors.items():
+                out.write(name, tensor)
+        plain.append(InMemory(f"{j:064x}", f"s{j}", 1, (True,), {"vector": tensors}))
+        file = TensorFile(tmp_path / f"{j}", max_bytes=10**9)
+        filled.append(InFile(f"{j:064x}", f"s{j}", 1, (True,), {"vector": tensors}, file))
+    assert isinstance(filled[0], Filling)
+    assert not isinstance(plain[0], Filling)
+    base = InMemoryTensors({n: torch.ones(s) for n, s in shapes.items()})
+    recipe = Recipe.model_validate({"rule": rule, "restoration": "none"})
+    found: list[dict[str, torch.Tensor]] = [{}, {}]
+    reports = [
+        merge(outline, base, sources, recipe, into.__setitem__)
+        for sources, into in zip((plain, filled), found, strict=True)
+    ]
+    assert reports[0] == reports[1]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in shapes)

@@ -35,7 +35,7 @@ from polyclinic.vectors.manifest import (
     digest,
     parse_manifest,
 )
-from polyclinic.vectors.sources import Kind
+from polyclinic.vectors.sources import Kind, Make
 from polyclinic.vectors.tensor_file import TensorFile, TensorWriter, altered, header_room
 
 MANIFEST_FILE, SIGNATURE_FILE = "manifest.json", "signature.json"
@@ -111,9 +111,17 @@ class Contribution:
 
     def read(self, kind: Kind, name: str) -> Tensor:
         """One tensor, in memory of its own."""
+        return self._file(kind).read(name)
+
+    def read_into(self, kind: Kind, name: str, make: Make) -> Tensor:
+        """One tensor, in memory that ``make`` gives."""
+        spec = self._file(kind).spec(name)
+        return self._file(kind).read_into(name, make(spec.shape, spec.dtype))
+
+    def _file(self, kind: Kind) -> TensorFile:
         if kind not in self._files:
             raise ContributionError(f"{self.folder}: site {self.site!r} sent no {kind}.")
-        return self._files[kind].read(name)
+        return self._files[kind]
 
     def verify_files(self) -> None:
         """Hash every file again.

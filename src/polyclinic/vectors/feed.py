@@ -6,21 +6,27 @@ import hashlib
 import itertools
 import math
 import statistics
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from polyclinic.errors import ContributionError
 from polyclinic.seeds import derive_seed
 from polyclinic.vectors.rules.base import Filter, Layer, Piece
-from polyclinic.vectors.sources import Kind, Outline, Source, Spec, Tensors
+from polyclinic.vectors.sources import Filling, Kind, Outline, Source, Spec, Tensors
 
-BLOCK = 65_536
-"""Values that are handled at once in float64: two such buffers fit the second-level cache of a core."""
+BLOCK = 131_072
+"""Values that are handled at once in float64: few enough for a processor's cache, and so many that the fixed cost of a
+tensor operation does not matter."""
+SMALL = 2**17
+"""Tensors of so many bytes at most take memory of their own: it comes from where other such memory just went."""
 
 
 def in_order(sources: Sequence[Source]) -> tuple[Source, ...]:
@@ -82,7 +88,10 @@ class Feed:
             ContributionError: It has another shape than the network.
         """
         source = self.sources[j]
-        sent = source.read("vector", spec.name)
+        if isinstance(source, Filling):
+            sent = source.read_into("vector", spec.name, self._memory.take)
+        else:
+            sent = source.read("vector", spec.name)
         if tuple(sent.shape) != spec.shape:
             raise ContributionError(
                 f"contribution {source.digest[:12]} of site {source.site!r}: {spec.name} has shape "
@@ -133,9 +142,36 @@ class Feed:
         return tuple(math.sqrt(math.fsum(parts)) for parts in squares)
 
     @cached_property
+    def _memory(self) -> _Memory:
+        return _Memory(4 * max((math.prod(spec.shape) for spec in self.outline.weights), default=0))
+
+    @cached_property
     def set_digest(self) -> str:
         """SHA-256 over the digests of the set."""
         return hashlib.sha256("\n".join(source.digest for source in self.sources).encode()).hexdigest()
+
+
+class _Memory:
+    """Memory of tensors that nobody holds any more, for the next ones: fresh memory costs more than to read into it.
+
+    Args:
+        largest: Bytes of the largest tensor.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self._largest = largest
+        self._free: list[NDArray[np.uint8]] = []
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of any values."""
+        count = math.prod(shape)
+        if not SMALL < count * dtype.itemsize <= self._largest:
+            return torch.empty(shape, dtype=dtype)
+        block = self._free.pop() if self._free else np.empty(self._largest, np.uint8)
+        # The tensor and all views of it keep this object alive, and nobody else does.
+        owner = block[: count * dtype.itemsize]
+        weakref.finalize(owner, self._free.append, block).atexit = False
+        return torch.from_numpy(owner).view(dtype).view(shape)
 
 
 @dataclass(frozen=True)

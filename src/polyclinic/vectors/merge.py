@@ -166,7 +166,9 @@ class _Stage:
                 yield spec, self.feed.base.read(spec.name)
             else:
                 record = None if tally is None else tally.layers.setdefault(spec.name, LayerTally())
-                yield spec, blender.submit(_blend_out, [next(layers)], self.feed.base.read(spec.name), mix, record)
+                box = [next(layers)]
+                base = box[0].base if spec.dtype == torch.float32 else self.feed.base.read(spec.name)
+                yield spec, blender.submit(_blend_out, box, base, mix, record)
 
 
 def _blend_out(box: list[Layer], base: Tensor, mix: Mix, record: LayerTally | None) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from polyclinic.models.weights import shared_tensors
 Kind = Literal["vector", "fisher", "gram", "statistics", "head"]
 """What a contribution may bring: changes of weights; diagonal Fisher information; Gram matrices of layer inputs;
 running statistics of batch normalisation; sums over features for a closed-form head."""
+
+Make = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""``make(shape, dtype)`` gives a contiguous tensor that is to be filled."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,14 @@ class Source(Protocol):
 
     def read(self, kind: Kind, name: str) -> Tensor:
         """One tensor, on the CPU; the caller must not write to it."""
+
+
+@runtime_checkable
+class Filling(Protocol):
+    """A source that can read into memory which it is given."""
+
+    def read_into(self, kind: Kind, name: str, make: Make) -> Tensor:
+        """As ``read``, into a tensor that ``make`` gives."""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class TensorFile:
         Raises:
             ContributionError: There is no such tensor, or the file has changed since it was checked.
         """
-        spec = self._spec(name)
+        spec = self.spec(name)
         return self.read_into(name, torch.empty(spec.shape, dtype=spec.dtype))
 
     def read_into(self, name: str, out: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class TensorFile:
         Raises:
             ContributionError: As ``read``. ValueError: ``out`` does not fit.
         """
-        spec = self._spec(name)
+        spec = self.spec(name)
         if tuple(out.shape) != spec.shape or out.dtype != spec.dtype or not out.is_contiguous():
             raise ValueError(f"{name!r} of shape {spec.shape} does not fit into {tuple(out.shape)}, {out.dtype}")
         buffer = tensor_bytes(out)
@@ -121,7 +121,12 @@ class TensorFile:
         with self._descriptor() as descriptor:
             return _digest(descriptor, self.path)
 
-    def _spec(self, name: str) -> TensorSpec:
+    def spec(self, name: str) -> TensorSpec:
+        """Type, shape and place of a tensor.
+
+        Raises:
+            ContributionError: There is no such tensor.
+        """
         if name not in self.specs:
             raise ContributionError(f"{self.path} has no tensor {name!r}.")
         return self.specs[name]
