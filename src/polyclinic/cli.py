@@ -26,6 +26,7 @@ from polyclinic.terminal import (
     load,
     out,
     overrides,
+    printable,
     progress,
     run_study,
     say,
@@ -61,7 +62,7 @@ def main() -> None:
     try:
         app(prog_name="polyclinic")
     except PolyclinicError as error:
-        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+        err.print(f"[bold red]error:[/bold red] {escape(printable(str(error)))}", soft_wrap=True)
         sys.exit(2)
 
 

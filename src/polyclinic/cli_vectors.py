@@ -78,8 +78,10 @@ def vectors_train(
     """At a site: fine-tune the base on your own images, as any study is trained. Nothing leaves."""
     from polyclinic.errors import SiteError
     from polyclinic.results import new_folder
+    from polyclinic.vectors.base import Base
     from polyclinic.vectors.fine_tuning import fine_tune_base
 
+    say(f"base: {Base.load(base).digest} (is that the digest that the coordinator published?)")
     loaded = load(study, set_, seed, device, data_root)
     given = resume or new_folder(loaded, out_)
     again = f"Finished rounds are safe: go on with polyclinic vectors train {base} {study} --resume {given}"
@@ -189,6 +191,8 @@ def vectors_add(
     # Sums for a head alone have no vector that could be compared.
     if added.names("vector"):
         _verdict(explain_ledger(ledger)[added.digest])
+    else:
+        say("admission: it brings no vector, so nothing of it was compared; polyclinic vectors hold keeps it out")
     say(f"head: {opened.head}")
 
 

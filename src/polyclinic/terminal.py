@@ -38,7 +38,12 @@ DataRoot = Annotated[
 
 def say(line: str) -> None:
     """Print one line as it is: paths are neither wrapped nor read as markup."""
-    out.print(line, soft_wrap=True, markup=False, highlight=False)
+    out.print(printable(line), soft_wrap=True, markup=False, highlight=False)
+
+
+def printable(text: str) -> str:
+    """Text whose control characters are shown and not obeyed: it may quote a file that somebody sent."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def overrides(set_: list[str] | None, seed: int | None, device: str | None) -> list[str]:

@@ -165,6 +165,17 @@ def test_a_patients_score_is_the_mean_over_his_images() -> None:
     assert found.loss_members != pytest.approx(sum(each) / 20, rel=1e-3)
 
 
+def test_a_loss_that_is_not_finite_is_no_pass() -> None:
+    """Its patients cannot be ranked; taken for numbers they would hide the others."""
+    data, after = noise_site(12, 6), network()
+    with torch.no_grad():
+        for tensor in after.parameters():
+            tensor.mul_(1e30)
+    found = audit_membership(after, network(), data, AB, seed=0)
+    assert (found.auc, found.passed) == (None, None)
+    assert "not finite" in found.why
+
+
 def test_a_patient_on_both_sides_is_an_error() -> None:
     data = noise_site(12, 12)
     data.cases[-1] = Case("x.png", "p0", "north", label="a", split="test")

@@ -126,6 +126,24 @@ def test_sums_of_what_sites_trained_alone(rule: str, backend: str, tmp_path: Pat
     assert run.aggregation.backend == backend
 
 
+@pytest.mark.parametrize("rule", ["mean", "sum", "weighted"])
+def test_a_lying_server_does_not_get_one_sites_vector_as_the_sum(
+    rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It tells all sites the same, so that masks cancel: north counts for everything, the others for nothing."""
+    pack = Message.pack
+
+    def lies(*groups: Any, **scalars: Any) -> Message:
+        told = {k: 10**6 if k == "counts/north" else 0 for k in scalars if k.startswith("counts/")}
+        told |= {k: float(k == "share/north") for k in scalars if k.startswith("share/")}
+        return pack(*groups, **{**scalars, **told})
+
+    monkeypatch.setattr(Message, "pack", lies)
+    run = prepared(toy_study(method({"rule": {"coefficients": rule}}), aggregation="masked"), sites(), tmp_path / "run")
+    with pytest.raises(SiteError, match="with other shares than the rule's own"):
+        run.train()
+
+
 def test_sites_train_as_in_method_local(tmp_path: Path) -> None:
     """With minibatches and batch normalisation too: the same draws."""
     start, vectors = alone(images(), tmp_path / "alone", **CNN)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from pydantic import ValidationError
 from tiny import TINY, changed
 
-from polyclinic.errors import ContributionError
+from polyclinic.errors import ContributionError, DataError
 from polyclinic.models.weights import read_tensors
 from polyclinic.results import RunFolder
 from polyclinic.runner import load_sites
@@ -126,6 +127,29 @@ def test_a_model_that_learned_by_heart_does_not_leave(made: Made, tmp_path: Path
     sent = create_contribution(made[0], tmp_path / "run", tmp_path / "out", NORTH, CreateOptions(max_auc=1))
     assert sent.manifest.privacy.membership is not None
     assert sent.manifest.privacy.membership.auc > 0.65
+
+
+def test_other_images_than_were_trained_on_are_not_audited(made: Made, tmp_path: Path) -> None:
+    """With another split training patients would stand on both sides, and the attack would find nothing."""
+    shutil.copytree(made[1], tmp_path / "run")
+    path = tmp_path / "run" / "study.yaml"
+    raw = yaml.safe_load(path.read_text())
+    raw["data"]["split"]["seed"] = raw["data"]["split"].get("seed", 0) + 1
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(DataError, match="the data are not those that this run was started with"):
+        create_contribution(made[0], tmp_path / "run", tmp_path / "out", NORTH, CreateOptions())
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_do_not_tell_the_exact_number_of_images(made: Made, tmp_path: Path) -> None:
+    """Steps times batch over epochs would be that number."""
+    own = study(training={"steps": 200, "batch_size": 8}, method={"name": "local", "rounds": 1})
+    fine_tune_base(made[0], own, out=tmp_path / "run")
+    sent = create_contribution(made[0], tmp_path / "run", tmp_path / "out", NORTH, CreateOptions(max_auc=1))
+    images = json.loads((tmp_path / "run" / "metrics.json").read_text())["sites"]["north"]["images"]["train"]
+    assert sent.manifest.data.images == 47
+    assert sent.manifest.training.epochs == 34  # 1600 / 47
+    assert images not in (47, round(200 * 8 / 34))
 
 
 def of_noise(given: Study, folder: Path) -> Study:

@@ -323,10 +323,10 @@ def test_what_is_exchanged_while_it_is_copied_is_checked_again(
     contribute(tmp_path / "new", base, "west")
     before, stage = tree(ledger.folder), Ledger._stage
 
-    def exchanged(self: Ledger, folder: Path, staged: Path) -> Any:
+    def exchanged(self: Ledger, folder: Path, *more: Any) -> Any:
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "from-north", folder)
-        return stage(self, folder, staged)
+        return stage(self, folder, *more)
 
     monkeypatch.setattr(Ledger, "_stage", exchanged)
     with pytest.raises(ContributionError, match="is a duplicate"):

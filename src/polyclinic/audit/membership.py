@@ -55,7 +55,7 @@ class MembershipResult:
     Attributes:
         members, non_members: Patients on either side.
         auc: Chance that a training patient's loss fell further than another patient's; 0.5 is guessing. None where
-            there are too few patients.
+            there are too few patients, or a loss is not finite.
         auc_low, auc_high: 95% interval: both sides' patients drawn with replacement. It collapses at an AUC of 1.
         auc_without_base: The same of the fine-tuned model's loss alone, for comparison.
         true_positives: Training patients found when at most ``false_positives.count`` others are accused. The
@@ -138,13 +138,15 @@ def audit_membership(
     rows = torch.cat([data.splits[part] for part in patients])
     of = [name for names in patients.values() for name in names]
     by_image = torch.stack([image_losses(model, data, task, rows) for model in (before, after)])
+    if not bool(by_image.isfinite().all()):
+        return undefined(len(members), len(others), limit, "the loss of some patients is not finite")
     reference, loss = (_by_patient(losses, of, [*members, *others]) for losses in by_image.numpy())
     return judge(reference - loss, loss, len(members), limit=limit, seed=seed, draws=draws)
 
 
-def undefined(members: int, others: int, limit: float) -> MembershipResult:
-    """The result where there are too few patients."""
-    why = (
+def undefined(members: int, others: int, limit: float, why: str = "") -> MembershipResult:
+    """The result where nothing can be said; without a reason, as there are too few patients."""
+    why = why or (
         f"{members} training patients and {others} validation and test patients; {FEWEST} of each are needed to say "
         "anything"
     )

@@ -193,10 +193,9 @@ class DataVectors(Method):
         if self.recipe.rule.name == "base":
             return base, who
         if _is_sum(self.recipe):
-            # Whatever scale they have, sites weigh as with scale 1: a secure sum takes no weights below zero.
-            weights = _shares(self.recipe.rule.model_copy(update={"scale": 1.0}), [sizes[site] for site in who])
-            # One message for all: masks cancel only between sites that were told the same.
-            told = {f"share/{site}": weight for site, weight in zip(who, weights, strict=True)}
+            # One message for all: masks cancel only between sites that were told the same. It says what a site can
+            # check of itself, not the shares: with those a server could have one site's vector as the sum.
+            told = {f"counts/{site}": _counts(self.recipe.rule, sizes[site]) for site in who}
             total = sums.sum(channel, "contribute", dict.fromkeys(who, Message.pack({"model": base}, **told)))
             sent = [site for site in who if site in total.scalars]
             # The mean, times the sum of the shares that those who answered have among themselves.
@@ -269,14 +268,31 @@ class DataVectors(Method):
         moving = {n for n in received if n.endswith(("running_mean", "running_var"))}
         vector = site.update({n: t for n, t in received.items() if n not in moving})
         if _is_sum(self.recipe):
-            weight = 1000 * float(message.scalars[f"share/{site.name}"])
-            return Message.pack({"vector": vector}, **{"weight/vector": weight})
+            return Message.pack({"vector": vector}, **{"weight/vector": 1000 * self._own_share(site, message)})
         seed = derive_seed(site.study.seed, site.name, "statistics")
         extra = site_statistics(site.model, site.data, site.task, self.recipe.needs - {"statistics"}, seed)
         held = "".join("1" if present else "0" for present in _held(site))
         groups: dict[str, Mapping[str, Tensor]] = {"vector": vector}
         groups |= {str(kind): tensors for kind, tensors in extra.items()}
         return Message.pack(groups, images=binned(site.images), held=held)
+
+    def _own_share(self, site: Site, message: Message) -> float:
+        """The site's share with scale 1, from what all sites were told that each counts.
+
+        Raises:
+            SiteError: It was told another count of this site than its own.
+        """
+        told = {n.removeprefix("counts/"): v for n, v in message.scalars.items() if n.startswith("counts/")}
+        own = _counts(self.recipe.rule, binned(site.images))
+        counts = [value for value in told.values() if isinstance(value, int) and value >= 0]
+        if told.get(site.name) != own or len(counts) < len(told):
+            raise SiteError(
+                f"site {site.name!r} counts {own}, but was told {told.get(site.name)}: with other shares than the "
+                "rule's own the sum would show a single site's vector."
+            )
+        # Whatever scale they have, sites weigh as with scale 1: a secure sum takes no weights below zero.
+        shares = _shares(self.recipe.rule.model_copy(update={"scale": 1.0}), counts)
+        return shares[list(told).index(site.name)]
 
     def judge(self, site: Site, message: Message) -> Message:
         """Validation metrics of a candidate, with its batch-norm statistics restored first where the recipe does so."""
@@ -373,6 +389,11 @@ def _shares(rule: Rule, images: Sequence[int]) -> list[float]:
     shares = rule.shares(images, None)
     assert shares is not None, "only rules that are sums get here"
     return shares
+
+
+def _counts(rule: Rule, images: int) -> int:
+    """What a site counts in a rule that is a sum: its images, where they weigh, else 1."""
+    return images if rule.shares([1, 2], None) != rule.shares([1, 1], None) else 1
 
 
 def _held(site: Site) -> list[bool]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from polyclinic.audit.membership import MembershipResult, audit_membership
 from polyclinic.data.dataset import SiteData
+from polyclinic.data.split import check_splits
 from polyclinic.errors import ContributionError
 from polyclinic.files import whole_file
 from polyclinic.models.registry import start_model
@@ -127,7 +128,8 @@ def _from_run(
 ) -> Contribution:
     study = RunFolder(run).study()
     _check_run(base, run, study)
-    site = _site(base, study, run, identity, observer)
+    # Of other images or another split the audit would take training patients for others, and pass.
+    site = _site(base, study, run, identity, observer, splits=run / "splits.csv")
     after = load_model(run, site.study, site.data.site)
     before = _base_at(base, site)
     audit = audit_membership(after, before, site.data, site.task, limit=options.max_auc, seed=study.seed)
@@ -159,9 +161,13 @@ def _check_run(base: Base, run: Path, study: Study) -> None:
             )
 
 
-def _site(base: Base, study: Study, folder: Path, identity: Identity, observer: Observer | None) -> _Site:
+def _site(
+    base: Base, study: Study, folder: Path, identity: Identity, observer: Observer | None, splits: Path | None = None
+) -> _Site:
     own = base.site_study(study)
     sites = load_sites(own, folder, observer)
+    if splits is not None:
+        check_splits({name: data.cases for name, data in sites.items()}, splits)
     if identity.site not in sites and len(sites) > 1:
         raise ContributionError(
             f"study {study.name!r} has the sites {', '.join(sorted(sites))}, none of which is {identity.site!r}, who "

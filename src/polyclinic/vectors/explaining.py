@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from polyclinic.vectors.admission import Admission, admission
+from polyclinic.vectors.contribution import Contribution
 from polyclinic.vectors.ledger import Ledger
 from polyclinic.vectors.survey import survey_vectors
 
 
-def explain_ledger(ledger: Path | Ledger) -> Mapping[str, Admission]:
+def explain_ledger(ledger: Path | Ledger, sent: Sequence[Contribution] | None = None) -> Mapping[str, Admission]:
     """The admission report of every contribution that brings a vector, by digest.
 
     It is made anew from the whole set each time, so it does not depend on who arrived first.
+
+    Args:
+        ledger: Or its folder.
+        sent: What it holds, where that is at hand.
     """
     opened = ledger if isinstance(ledger, Ledger) else Ledger.open(ledger)
-    sources = [one for one in opened.contributions if one.names("vector")]
+    sources = [one for one in (opened.contributions if sent is None else sent) if one.names("vector")]
     outline = opened.base.outline
     return admission(outline, sources, survey_vectors(outline, sources), opened.decisions) if sources else {}

@@ -42,7 +42,7 @@ from polyclinic.vectors.chain import (
     read_chain,
     signed_line,
 )
-from polyclinic.vectors.contribution import ALLOWED, Contribution
+from polyclinic.vectors.contribution import ALLOWED, MANIFEST_FILE, SIGNATURE_FILE, Contribution
 from polyclinic.vectors.folders import (
     Digest,
     Moment,
@@ -57,7 +57,7 @@ from polyclinic.vectors.folders import (
     whole_folder,
     write_whole,
 )
-from polyclinic.vectors.manifest import FILES, Manifest, digest
+from polyclinic.vectors.manifest import FILES, LARGEST, Manifest, digest
 from polyclinic.vectors.tensor_file import sha256_of
 
 ABOUT, ROSTER, CHAIN, BASE, CONTRIBUTIONS = "ledger.json", "roster.json", "chain.jsonl", "base", "contributions"
@@ -126,7 +126,7 @@ class Ledger:
         with whole_folder(folder) as staged:
             (staged / BASE).mkdir()
             for name in (SPEC_FILE, WEIGHTS_FILE):
-                _copy(base_folder / name, staged / BASE / name)
+                _copy(base_folder / name, staged / BASE / name, (base_folder / name).stat().st_size)
             sync_folder(staged / BASE)
             (staged / CONTRIBUTIONS).mkdir()
             _refusing(lambda: roster.save(staged / ROSTER))
@@ -219,7 +219,7 @@ class Ledger:
             self._check(sent)
             staged = self.folder / CONTRIBUTIONS / f"{INCOMING}{os.getpid()}"
             try:
-                copied = self._stage(contribution_folder, staged)
+                copied = self._stage(contribution_folder, staged, sent.manifest)
                 self._check(copied)
                 kept = self.folder / CONTRIBUTIONS / copied.digest
                 staged.rename(kept)
@@ -327,12 +327,13 @@ class Ledger:
     def _check(self, sent: Contribution) -> None:
         self.state.check_add(sent.digest, sent.site, sent.manifest.sequence, sent.manifest.replaces)
 
-    def _stage(self, folder: Path, staged: Path) -> Contribution:
-        """A copy that nobody else writes to, checked in full."""
+    def _stage(self, folder: Path, staged: Path, manifest: Manifest) -> Contribution:
+        """A copy that nobody else writes to, checked in full. Whoever sent the folder may still be writing to it."""
+        most = {MANIFEST_FILE: LARGEST, SIGNATURE_FILE: LARGEST, **{file.name: file.bytes for file in manifest.files}}
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
         for name in sorted(plain_names(folder, ALLOWED)):
-            _copy(folder / name, staged / name)
+            _copy(folder / name, staged / name, most.get(name, 0))
         sync_folder(staged)
         return Contribution.load(staged, self.base, self.roster)
 
@@ -424,9 +425,10 @@ def _lock(descriptor: int, folder: Path) -> None:
             return
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, most: int) -> None:
     with opened(source) as descriptor, open(descriptor, "rb", closefd=False) as file, target.open("xb") as out:
-        left = os.fstat(descriptor).st_size
+        if (left := os.fstat(descriptor).st_size) > most:
+            raise ContributionError(f"{source} has {left} bytes, {most} at most were right: it changed meanwhile.")
         while left and (piece := file.read(min(left, 2**20))):
             out.write(piece)
             left -= len(piece)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from polyclinic.errors import ContributionError
+from polyclinic.secure.identity import fingerprint
+from polyclinic.secure.key_files import from_base64
 from polyclinic.vectors.contribution import ALLOWED, read_statement
 from polyclinic.vectors.folders import is_digest, plain_names
 from polyclinic.vectors.ledger import (
@@ -31,10 +33,11 @@ def check_ledger(ledger: Ledger, head: str | None) -> list[str]:
     Raises:
         ContributionError: The first thing that is wrong.
     """
-    spec, state, roster = ledger.base.spec, ledger.state, ledger.roster
+    spec, state, roster, about = ledger.base.spec, ledger.state, ledger.roster, ledger.about
     done = [
         f"base {spec.id} {spec.version}: values match digest {ledger.base.digest[:12]}",
-        f"chain: {len(ledger.entries)} entries, each signed by {ledger.about.coordinator} and linked",
+        f"chain: {len(ledger.entries)} entries, each signed by {about.coordinator} and linked",
+        f"coordinator {fingerprint(about.coordinator, from_base64(about.key, ABOUT))}: is that the key that you know?",
         _check_head(ledger, head),
         *_check_names(ledger),
     ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from polyclinic.errors import ContributionError, RunError
@@ -21,6 +22,7 @@ from polyclinic.vectors.base import LARGEST_SPEC, SPEC_FILE, BaseSpec
 from polyclinic.vectors.folders import read_small, validated
 from polyclinic.vectors.recipe import Recipe
 from polyclinic.vectors.record import MergeRecord
+from polyclinic.yaml_settings import explain
 
 MODEL_FILE, RECIPE_FILE, RECORD_FILE, CARD_FILE = "model.safetensors", "recipe.json", "merge.json", "card.html"
 LARGEST_RECORD = 2**26
@@ -56,7 +58,9 @@ class Merged:
             raise ContributionError(f"{folder} holds no merged model: it has no {RECORD_FILE}.")
         spec = validated(BaseSpec, read_small(folder / SPEC_FILE, LARGEST_SPEC), str(folder / SPEC_FILE))
         raw = read_small(folder / RECORD_FILE, LARGEST_RECORD)
-        validated(MergeRecord, raw, str(folder / RECORD_FILE))
+        record = validated(MergeRecord, raw, str(folder / RECORD_FILE))
+        if (record.base_digest, record.classes) != (spec.digest, tuple(spec.task.classes)):
+            raise ContributionError(f"{folder / SPEC_FILE} is not the base that {RECORD_FILE} names: one was altered.")
         return cls(folder, spec, json.loads(raw))
 
     def study(self) -> Study:
@@ -68,7 +72,19 @@ class Merged:
     @property
     def lineage(self) -> list[str]:
         """What the next base made of this model must name: the bases before it, and the recipe."""
-        return [*self.base_spec.lineage, self.base_spec.digest, Recipe.model_validate(self.record["recipe"]).digest]
+        return [*self.base_spec.lineage, self.base_spec.digest, self.recipe.digest]
+
+    @property
+    def recipe(self) -> Recipe:
+        """How it was merged.
+
+        Raises:
+            ContributionError: The record holds no recipe.
+        """
+        try:
+            return Recipe.model_validate(self.record["recipe"])
+        except ValidationError as error:
+            raise ContributionError(explain(error, Recipe, f"{self.folder / RECORD_FILE}: recipe:")) from None
 
     def tensors(self) -> dict[str, Tensor]:
         """All values of the network.

@@ -75,8 +75,9 @@ def merge_ledger(
             f"{identity.fingerprint}: the model could not be noted in it. Give the coordinator's --key, or none."
         )
     recipe = recipe.resolved(base.network())
-    admitted = explain_ledger(opened)
-    used = used_contributions(opened, admitted, recipe)
+    sent = verified_contributions(opened, observer or Silent())
+    admitted = explain_ledger(opened, sent)
+    used = used_contributions(opened, sent, admitted, recipe)
     if recipe.restoration.needs_images and study is None:
         raise ContributionError(
             f"restoration {recipe.restoration.mode} needs images of the coordinator's: give their study (--data), or "
@@ -113,7 +114,8 @@ def evaluate_ledger(ledger: Path, recipe: Recipe, study: Study, observer: Observ
     """
     opened = Ledger.open(ledger)
     recipe = recipe.resolved(opened.base.network())
-    used = used_contributions(opened, explain_ledger(opened), recipe)
+    sent = verified_contributions(opened, observer or Silent())
+    used = used_contributions(opened, sent, explain_ledger(opened, sent), recipe)
     with tempfile.TemporaryDirectory() as scratch:
         coordinator = Coordinator(opened.base, study, Path(scratch), observer)
         path = Path(scratch) / MODEL_FILE
@@ -125,10 +127,13 @@ def evaluate_ledger(ledger: Path, recipe: Recipe, study: Study, observer: Observ
 
 
 def verify_model(ledger: Ledger, folder: Path) -> list[str]:
-    """Check that a merged model is what its record says and was made of what this ledger holds.
+    """Check that a merged model is what its record says, and what the ledger says of it.
+
+    A record is not signed; a release in the ledger is. Without one, somebody may have written model and record anew.
 
     Raises:
-        ContributionError: It was altered, or names contributions or a base that the ledger does not hold.
+        ContributionError: It was altered, names contributions or a base that the ledger does not hold, or the ledger
+            says something else of these values.
     """
     merged = Merged.load(folder)
     if digest_of(folder / MODEL_FILE, ledger.base) != merged.record["weights_sha256"]:
@@ -144,17 +149,40 @@ def verify_model(ledger: Ledger, folder: Path) -> list[str]:
             f"{folder} holds contribution {missing[0][:12]}, which the ledger does not, or no longer: withdraw the "
             "model and merge again."
         )
-    return [f"the model's values are those of its record, made of {len(used)} contributions that the ledger holds"]
+    named = [release for release in ledger.releases if release.model == merged.record["weights_sha256"]]
+    if named and not any((one.recipe, list(one.contributions)) == (merged.recipe.digest, used) for one in named):
+        raise ContributionError(
+            f"{folder}: the ledger names this model as made by another recipe or of other contributions than "
+            f"{RECORD_FILE} says: it was altered."
+        )
+    signed = "the ledger names it as a release" if named else "no release of the ledger names it, so nobody signed that"
+    return [
+        f"the model's values are those of its record: made of {len(used)} contributions that the ledger holds; {signed}"
+    ]
 
 
-def used_contributions(ledger: Ledger, admitted: Mapping[str, Admission], recipe: Recipe) -> list[Contribution]:
+def verified_contributions(ledger: Ledger, observer: Observer) -> tuple[Contribution, ...]:
+    """All that the ledger holds, every file hashed: what is judged and merged is what was signed.
+
+    Raises:
+        ContributionError: A file was altered. One that is not merged counts too: it is what the others are judged by.
+    """
+    found = ledger.contributions
+    with ThreadPoolExecutor(HASHING) as threads:
+        for done, _ in enumerate(threads.map(Contribution.verify_files, found), 1):
+            observer.working("files checked", done, len(found))
+    return found
+
+
+def used_contributions(
+    ledger: Ledger, sent: Sequence[Contribution], admitted: Mapping[str, Admission], recipe: Recipe
+) -> list[Contribution]:
     """What goes into a merge: what brings the recipe's kind of file and is not held back."""
     if recipe.rule.name == "base":
-        kinds = {"head"} if recipe.head is not None else set()
-        return [
-            c for c in ledger.contributions if kinds and c.names("head") and ledger.decisions.get(c.digest) != "hold"
-        ]
-    used = [c for c in ledger.contributions if c.digest in admitted and admitted[c.digest].verdict == "accept"]
+        out = {d for d, report in admitted.items() if report.verdict != "accept"}
+        out |= {d for d, decided in ledger.decisions.items() if decided == "hold"}
+        return [c for c in sent if recipe.head is not None and c.names("head") and c.digest not in out]
+    used = [c for c in sent if c.digest in admitted and admitted[c.digest].verdict == "accept"]
     if not used:
         held = f"{len(admitted)} are held back; see polyclinic vectors explain" if admitted else "none brings a vector"
         raise ContributionError(f"there is nothing to merge: {held}.")
@@ -169,10 +197,7 @@ def _merged_file(
     coordinator: Coordinator | None,
     observer: Observer,
 ) -> MergeReport:
-    """Merge into a file, layer by layer. Every contribution is hashed first: what is merged is what was signed."""
-    with ThreadPoolExecutor(HASHING) as threads:
-        for done, _ in enumerate(threads.map(Contribution.verify_files, used), 1):
-            observer.working("files checked", done, len(used))
+    """Merge verified contributions into a file, layer by layer."""
     judge: Callable[[Mapping[str, Tensor]], float] | None = None
     if coordinator is not None:
         chosen = coordinator

@@ -154,7 +154,7 @@ def _checks(happened: Happened) -> list[dict[str, Any]]:
     specs = base.outline.specs
     passed = {
         "signature, base, classes, names, shapes and types of each contribution": counted,
-        "every file is the one that was signed, hashed just before it was merged": counted,
+        "every file is the one that was signed, hashed before it was judged and merged": counted,
         "every merged value is finite": f"{len(specs)} tensors",
         "every variance is positive": f"{sum(spec.name.endswith('running_var') for spec in specs)} tensors",
         "names and shapes are the base's": base.digest[:12],

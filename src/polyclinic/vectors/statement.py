@@ -100,7 +100,8 @@ def _training(study: Study, data: SiteData, made: Trained | None) -> Training:
         )
     epochs = settings.epochs
     if settings.steps is not None:
-        epochs = max(1, round(settings.steps * settings.batch_size / len(data.splits["train"])))
+        # Of the rounded number: steps over epochs would tell the exact one.
+        epochs = max(1, round(settings.steps * settings.batch_size / binned(len(data.splits["train"]))))
     return Training(
         optimizer=settings.optimizer,
         lr=settings.lr,

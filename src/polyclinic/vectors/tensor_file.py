@@ -275,10 +275,10 @@ def _pread(descriptor: int, buffer: memoryview, at: int, path: Path) -> int:
         raise ContributionError(f"{path} can't be read: {error.strerror}.") from None
 
 
-def _stamp(descriptor: int) -> tuple[int, int, int, int]:
-    """What changes when a file is exchanged or written to."""
+def _stamp(descriptor: int) -> tuple[int, ...]:
+    """What changes when a file is exchanged or written to; the time of the last change of all can't be set back."""
     found = os.fstat(descriptor)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _fill(descriptor: int, buffer: memoryview, at: int, path: Path) -> None:
