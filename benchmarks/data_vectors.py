@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from tables import RESULTS, ROOT, commit
-from vector_cells import Cell, State, measure, save, train_pooled
+from vector_cells import Cell, State, complete, measure, save, train_pooled
 from vector_tables import HEADLINE, write_results
 
 from polyclinic.data.dataset import SiteData
@@ -39,6 +39,7 @@ LR = {"skin": 0.002, "chest": 0.002}
 NATURAL = ["daisy", "dandelion", "roses", "sunflowers", "tulips", "airplane", "automobile", "bird", "cat", "deer"]
 NATURAL += ["dog", "frog", "horse", "ship", "truck"]
 NATURAL_EPOCHS = 20
+WITH_INTERVALS = [*HEADLINE, "base: finetune"]
 
 
 def main() -> None:
@@ -85,10 +86,11 @@ def measure_dataset(
         reference = folder / name / f"pooled.{seed}.safetensors"
         for division, count in cells:
             path = folder / name / f"{division}.{count}.{seed}.npz"
-            if path.is_file():
-                print(f"{path.stem}: measured before", flush=True)
-                continue
             cell = Cell(study, everything, base, division, count, seed, rounds)
+            if path.is_file():
+                added = complete(cell, WITH_INTERVALS, path.with_suffix(".safetensors"), path)
+                print(f"{path.stem}: measured before{', completed' if added else ''}", flush=True)
+                continue
             if pooled is None:
                 if not reference.is_file():
                     reference.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,7 @@ def measure_dataset(
                 pooled = read_tensors(reference)[0]
             found = measure(cell, pooled, path.with_suffix(".safetensors"))
             found.facts["commit"] = commit()
-            save(found, [*HEADLINE, "base: finetune"], path)
+            save(found, WITH_INTERVALS, path)
             print(
                 f"{name} {path.stem}: {sum(v for k, v in found.facts.items() if k.startswith('seconds')):.0f} s",
                 flush=True,

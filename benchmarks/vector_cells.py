@@ -71,6 +71,7 @@ TOTALS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
 """The sweep of lambda: how many times the mean vector is added to the base; N is the paper's sum."""
 
 METRICS = ("balanced_accuracy", "auroc")
+ONE_ROUND = "fedavg, one round"
 NATURAL = "bn-recal, natural"
 """bn-recal on images at their natural class frequencies, although the sites trained on balanced batches."""
 MODES = ("none", "bn-pooled", "bn-recal", NATURAL, "finetune", "head-only")
@@ -180,16 +181,26 @@ def train_round(cell: Cell, data: SiteData, number: int, rounds: int) -> None:
 def fedavg(cell: Cell, rounds: int) -> State:
     """Many rounds: everything but counters is averaged, running statistics too, weighted by images."""
     state = cell.base
-    weights = {site: float(len(data.splits["train"])) for site, data in cell.hospitals.items()}
     for number in range(1, rounds + 1):
-        sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in state.items()}
+        states = {}
         for site, data in cell.hospitals.items():
             cell.load(state)
             train_round(cell, data, number, rounds)
-            for name, tensor in cell.state().items():
-                sums[name] += tensor.double() * (weights[site] / sum(weights.values()))
-        state = {name: tensor.to(cell.base[name].dtype) for name, tensor in sums.items()}
+            states[site] = cell.state()
+        state = averaged(cell, states)
     return state
+
+
+def averaged(cell: Cell, states: Mapping[str, State]) -> State:
+    """A step of FedAvg: the mean of the sites' models, running statistics too, weighted by images."""
+    sizes = {site: len(cell.hospitals[site].splits["train"]) for site in states}
+    mean: State = {}
+    for name, start in cell.base.items():
+        total = torch.zeros_like(start, dtype=torch.float64)
+        for site, state in states.items():
+            total += state[name].double() * (sizes[site] / sum(sizes.values()))
+        mean[name] = total.to(start.dtype)
+    return mean
 
 
 def train_pooled(cell: Cell, rounds: int) -> State:
@@ -274,6 +285,7 @@ def measure(cell: Cell, reference: State, kept: Path) -> Measured:
     _singles(cell, found, states)
     merged = _merges(cell, found, sources)
     _heads(cell, found, merged["mean"])
+    found.add(ONE_ROUND, averaged(cell, states))
     for name, state in (("fedavg, many rounds", many), ("pooled", reference)):
         found.add(name, state)
         found.add(f"{name}, bn-recal", _restored(cell, state, "bn-recal"))
@@ -392,7 +404,7 @@ def scored(found: Measured, wanted: Sequence[str]) -> tuple[dict[str, Any], dict
     owners = np.array([case.site if cell.division == "real" else "all" for case in cases])
     labels = cell.everything.labels("test").numpy()
     patients = np.array([f"{case.site}/{case.patient}" for case in cases])
-    singles = sorted(name for name in found.test if name.startswith("single/"))
+    singles = sorted(name for name in found.test if name.startswith(("single/", "single, bn-recal/")))
     scores: dict[str, Any] = {}
     replicates: dict[str, np.ndarray] = {}
     for place in sorted(set(owners.tolist())):
@@ -420,9 +432,43 @@ def scored(found: Measured, wanted: Sequence[str]) -> tuple[dict[str, Any], dict
 
 def save(found: Measured, wanted: Sequence[str], path: Path) -> None:
     """Write scores, replicates, probabilities and facts; whole or not at all."""
+    scores, replicates = scored(found, wanted)
+    _write(found, scores, replicates, path)
+
+
+def complete(cell: Cell, wanted: Sequence[str], kept: Path, path: Path) -> bool:
+    """Give a cell that older code measured the models and intervals that it lacks; nothing is trained.
+
+    Args:
+        cell: As it was measured.
+        wanted: Models with intervals.
+        kept: Its trained models.
+        path: What ``save`` wrote; what is there stays as it is.
+
+    Returns:
+        Whether anything was lacking.
+    """
+    with np.load(path) as arrays:
+        before = {name: arrays[name] for name in arrays.files}
+    known = json.loads(str(before["__scores__"]))
+    having = {name.partition("\t")[0] for name in before}
+    if ONE_ROUND in known and all(name in having for name in wanted if name in known):
+        return False
+    found = Measured(cell)
+    found.facts = json.loads(str(before["__facts__"]))
+    prefix = "probabilities\t"
+    found.test = {n.removeprefix(prefix): said for n, said in before.items() if n.startswith(prefix)}
+    if ONE_ROUND not in known:
+        states, _ = trained(cell, kept)
+        found.add(ONE_ROUND, averaged(cell, {site: states[site] for site in cell.hospitals}))
+    scores, replicates = scored(found, wanted)
+    _write(found, scores | known, {name: before.get(name, values) for name, values in replicates.items()}, path)
+    return True
+
+
+def _write(found: Measured, scores: Mapping[str, Any], replicates: Mapping[str, np.ndarray], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    scores, replicates = scored(found, wanted)
     said = {f"probabilities\t{name}": value.astype(np.float16) for name, value in found.test.items()}
     texts = {"__facts__": np.array(json.dumps(found.facts)), "__scores__": np.array(json.dumps(scores))}
     with temporary.open("wb") as file:

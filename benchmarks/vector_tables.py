@@ -18,9 +18,14 @@ METRICS = {"balanced_accuracy": "Balanced accuracy", "auroc": "AUROC"}
 HEADLINE = (
     "base, bn-recal",
     "random, mean",
+    "random, sum",
     "shuffled, mean",
+    "shuffled, sum",
+    "own site",
     "single",
+    "single, bn-recal",
     "best single",
+    "best single, bn-recal",
     "ensemble",
     "sum",
     "mean",
@@ -44,6 +49,7 @@ HEADLINE = (
     "lda head on base",
     "ridge head on merged",
     "lda head on merged",
+    "fedavg, one round",
     "fedavg, many rounds",
     "fedavg, many rounds, bn-recal",
     "pooled",
@@ -54,7 +60,8 @@ SHORT: tuple[str, ...] = (
     "base, bn-recal",
     "random, mean",
     "single",
-    "best single",
+    "single, bn-recal",
+    "best single, bn-recal",
     "ensemble",
     "sum",
     "mean",
@@ -66,23 +73,33 @@ CLAIM = (
     ("random, mean", "single"),
     ("sum", "single"),
     ("mean", "single"),
-    ("mean", "best single"),
+    ("mean", "single, bn-recal"),
+    ("mean", "best single, bn-recal"),
+    ("mean", "own site"),
     ("mean", "base: finetune"),
-    ("greedy-soup", "best single"),
+    ("greedy-soup", "best single, bn-recal"),
     ("mean", "ridge head on base"),
     ("mean", "ensemble"),
+    ("mean", "fedavg, one round"),
     ("mean", "fedavg, many rounds"),
     ("mean", "pooled"),
 )
 """Pairs whose differences say whether the paper's ordering holds: first minus second."""
 
 INTRO = """What each model says about the same test images. One base, trained on natural images, for all; every method
-passes equally often over each training image ({rounds} rounds). `sum` is the paper's rule. The coordinator restores
-every merged model by bn-recal on its own images (half of the validation patients; drawn balanced by label, as sites
-train) where nothing else is said; `search` and `greedy-soup` choose on the other half. `single` is the mean over the
-sites' own models, `best single` the one that is best on the coordinator's validation images. Labels used beside the
-sites' own: bn-recal, finetune and head-only use the coordinator's restoration labels, search, greedy-soup and best
-single its validation labels, ensemble and closed-form heads none. Intervals are 95%, over patients and seeds."""
+passes equally often over each training image ({rounds} rounds), at the learning rate that was best for pooled training
+on validation images. `sum` is the paper's rule. The coordinator restores every merged model by bn-recal on its own
+images (half of the validation patients; drawn balanced by label, as sites train) where nothing else is said; `search`
+and `greedy-soup` choose on the other half. `single` is the mean over the sites' own models, each judged on the test
+images of all sites, as its training left it; `single, bn-recal` after the same restoration as merged models. `best
+single` is the one that is best, as its training left it, on the coordinator's validation images. `own site`, with real
+sites only: each site's own model on that site's own test patients. `fedavg, one round` averages the same models as
+`weighted`, without a cap and with their running statistics, and is not restored. Closed-form heads are solved on sums
+over all training images, on the base or on `mean`, both after bn-recal; `polyclinic vectors create` would leave out
+classes of fewer than five patients. Labels used beside the sites' own: whatever is restored by bn-recal, finetune or
+head-only (closed-form heads too) uses the coordinator's restoration labels, search, greedy-soup and best single its
+validation labels, single, own site, ensemble, fedavg and pooled none. A site whose test images are of one class has no
+balanced accuracy: it is left out of means and worst sites. Intervals are 95%, over patients and seeds."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +197,7 @@ def _runs(config: Config) -> tuple[dict[str, dict[int, dict[str, SiteResult]]], 
             for name, places in scores.items():
                 runs.setdefault(name, {})[seed] = {
                     place: SiteResult(
-                        {m: float("nan") if v is None else v for m, v in metrics.items()},
+                        _defined(metrics),
                         replicates={
                             m: arrays[f"{name}\t{place}\t{m}"].astype(np.float64)
                             for m in METRICS
@@ -189,8 +206,22 @@ def _runs(config: Config) -> tuple[dict[str, dict[int, dict[str, SiteResult]]], 
                     )
                     for place, metrics in places.items()
                 }
+    if config.division == "real":
+        runs["own site"] = {
+            seed: {place: runs[f"single/{place}"][seed][place] for place in run} for seed, run in runs["single"].items()
+        }
     whole = {name: of_seeds for name, of_seeds in runs.items() if len(of_seeds) == len(config.seeds)}
     return whole, facts
+
+
+def _defined(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """NaN for what is undefined.
+
+    Where all test images are of one class, which AUROC tells, balanced accuracy would be the share of that class that
+    is found: 1 for a model that always says it, as noise does.
+    """
+    one_class = metrics["auroc"] is None
+    return {m: float("nan") if v is None or one_class else v for m, v in metrics.items()}
 
 
 def _results(of_seeds: Mapping[int, Mapping[str, SiteResult]]) -> list[SiteResult]:
@@ -225,7 +256,9 @@ def claim_table(dataset: str, cells: Mapping[str, Any]) -> Table:
         }
         rows.append([title, *(value_cell(found[pair], "+") if pair in found else "-" for pair in CLAIM)])
     columns = ["division", *(f"{one} minus {other}" for one, other in CLAIM)]
-    note = "The paper's claim is: random far below single, single below data vectors, data vectors at most pooled."
+    note = "The paper's claim is: random far below single, single below data vectors, data vectors at most pooled. "
+    note += "`random` has the base's untrained last layer, so that it is at chance says little; `base: finetune` says "
+    note += "what the coordinator's labels do alone, `single, bn-recal` what its restoration does for one site."
     return Table(f"{dataset}: the claim, differences of balanced accuracy", columns, rows, note)
 
 
@@ -288,7 +321,8 @@ def restoration_table(dataset: str, cells: Mapping[str, Any]) -> Table:
     note = (
         "Mean over seeds, the real sites and Dirichlet 0.3 with N = 2, 3, 5, 10. `natural`: images at their own class "
     )
-    note += "frequencies, although sites trained on balanced batches. `-`: not defined."
+    note += "frequencies, although sites trained on balanced batches. `none` leaves the base's running statistics in "
+    note += "place, for best single too; its own come back with bn-pooled. `-`: not defined."
     return Table(f"{dataset}: restoration, balanced accuracy", ["start", *modes], rows, note)
 
 

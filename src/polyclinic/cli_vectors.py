@@ -295,6 +295,8 @@ def vectors_merge(
     _stages(made["metrics"])
     for warning in made["warnings"]:
         err.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
+    for note in made["notes"]:
+        err.print(f"note: {escape(note)}", soft_wrap=True)
     say(f"model: {out_ / 'model.safetensors'}")
     say(f"card: {out_ / 'card.html'}")
 
@@ -338,9 +340,12 @@ def vectors_explain(
 
 
 def _verdict(report: Any) -> None:
+    from polyclinic.vectors.verdicts import figures_of
+
     color = "green" if report.verdict == "accept" else "yellow"
     decided = f" (a person decided: {report.decision})" if report.decision else ""
     out.print(f"admission: [{color}]{report.verdict}[/{color}]{decided}")
+    say(f"  {figures_of(report)}")
     for line in [*report.reasons, *report.notes]:
         out.print(f"  {escape(line)}", soft_wrap=True)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from toys import deployed, site_data, sites, toy_study, trained, two_layers
 
+from polyclinic.comparison import planned, with_controls
 from polyclinic.data.dataset import SiteData
 from polyclinic.errors import SiteError, StudyError
 from polyclinic.federation.message import Message
@@ -292,6 +293,27 @@ def test_a_restorer_that_is_gone_is_an_error_with_its_reason(tmp_path: Path) -> 
     replace_op(run, "west", "restore", fails)
     with pytest.raises(SiteError, match="the restorer 'west' did not answer: ValueError: no power"):
         run.train()
+
+
+@pytest.mark.parametrize("control", ["random", "shuffled"])
+def test_the_controls_stand_beside_vectors_that_nobody_sees(control: str, tmp_path: Path) -> None:
+    """They join every comparison by themselves, so a comparison with masked sums must be able to run them."""
+    study = toy_study(method(MEAN), aggregation="masked", compare={"methods": ["fedavg"]})
+    plans = planned(with_controls(study))
+    start, vectors = alone(sites(), tmp_path / "alone")
+    run = trained(plans[f"data-vectors.{control}"][0], sites(), tmp_path / "run")
+    moved = {n: run.state.groups["model"][n].double() - start[n].double() for n in start}
+    mean = expected(start, vectors, dict.fromkeys(sites(), 1 / 3))
+    assert different(moved, {n: wanted - start[n].double() for n, wanted in mean.items()})
+    assert any(float(tensor.abs().max()) > 0 for tensor in moved.values())
+    assert run.aggregation.backend == "masked"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recipe", [{"rule": "ties"}, {"rule": {"coefficients": "model-stock"}}, {"rule": "fisher"}])
+def test_single_vectors_are_merged_where_the_networks_run_on_a_gpu(recipe: dict[str, Any], tmp_path: Path) -> None:
+    run = trained(toy_study(method(recipe), device="cuda"), sites(), tmp_path / "run")
+    assert all(bool(tensor.isfinite().all()) for tensor in run.state.groups["model"].values())
 
 
 # What the settings forbid.
@@ -751,7 +773,8 @@ def test_inventory_of_a_judged_rule_with_a_restorer(tmp_path: Path) -> None:
 def test_a_class_that_a_site_lacks_is_told_by_a_mark(tmp_path: Path) -> None:
     south = site_data("south", 12)
     only = SiteData("south", south.cases, south.images, torch.zeros_like(south.targets), south.splits)
-    run = prepared(toy_study(method({**MEAN, "filters": ["support"]})), sites() | {"south": only}, tmp_path / "run")
+    seen = method({**MEAN, "filters": ["support", {"name": "norm-clip", "factor": 1000.0}]})
+    run = prepared(toy_study(seen), sites() | {"south": only}, tmp_path / "run")
     said: dict[str, Any] = {}
     run.channel._on_call = lambda op, site, reply: said.update({site: reply}) if op == "contribute" else None
     run.train()
@@ -762,3 +785,12 @@ def test_a_class_that_a_site_lacks_is_told_by_a_mark(tmp_path: Path) -> None:
         tensor[1] = 0
     wanted = expected(start, vectors | {"south": supported}, dict.fromkeys(sites(), 1 / 3))
     close(run.state.groups["model"], wanted)
+    # Where vectors are added up, the site leaves the row out itself, and no mark leaves it.
+    for backend in ("plain", "masked"):
+        summed = toy_study(method({**MEAN, "filters": ["support"]}), aggregation=backend)
+        run = prepared(summed, sites() | {"south": only}, tmp_path / backend)
+        said.clear()
+        run.channel._on_call = lambda op, site, reply: said.update({site: reply}) if op == "contribute" else None
+        run.train()
+        assert all("held" not in reply.scalars for reply in said.values())
+        close(run.state.groups["model"], wanted, atol=3e-6)

@@ -9,6 +9,7 @@ which. ``polyclinic vectors`` does the same with files, for sites that are never
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -35,7 +36,7 @@ from polyclinic.vectors.manifest import binned
 from polyclinic.vectors.merge import merge
 from polyclinic.vectors.recipe import Recipe
 from polyclinic.vectors.restoration import Restoration, restore
-from polyclinic.vectors.rules.base import Rule
+from polyclinic.vectors.rules.base import Piece, Rule
 from polyclinic.vectors.sources import InMemory, InMemoryTensors, Kind, Outline
 from polyclinic.vectors.statistics import head_sums, site_statistics
 
@@ -80,7 +81,7 @@ class DataVectors(Method):
             raise StudyError(
                 f"rule {recipe.rule.name} {'with filters ' if recipe.filters else ''}must see each site's vector, but "
                 f"aggregation {study.aggregation.backend} hides it. Use {{name: data-vector, coefficients: mean}} "
-                "without filters, or aggregation: plain."
+                "without norm-clip, or aggregation: plain."
             )
         if recipe.head is not None and study.task.kind == "segmentation":
             raise StudyError("recipe.head refits the last layer of a classification network. Leave it out.")
@@ -218,7 +219,8 @@ class DataVectors(Method):
                     raise SiteError(f"rule {recipe.rule.name} needs validation images at {', '.join(judges)}.")
                 return score
 
-        merge(outline, InMemoryTensors(base), sources, recipe, found.__setitem__, judge=judge)
+        start = {name: tensor.cpu() for name, tensor in base.items()}
+        merge(outline, InMemoryTensors(start), sources, recipe, found.__setitem__, judge=judge)
         return found, [source.site for source in sources]
 
     def _finished(
@@ -268,7 +270,8 @@ class DataVectors(Method):
         moving = {n for n in received if n.endswith(("running_mean", "running_var"))}
         vector = site.update({n: t for n, t in received.items() if n not in moving})
         if _is_sum(self.recipe):
-            return Message.pack({"vector": vector}, **{"weight/vector": 1000 * self._own_share(site, message)})
+            weight = 1000 * self._own_share(site, message)
+            return Message.pack({"vector": self._filtered(site, vector)}, **{"weight/vector": weight})
         seed = derive_seed(site.study.seed, site.name, "statistics")
         extra = site_statistics(site.model, site.data, site.task, self.recipe.needs - {"statistics"}, seed)
         held = "".join("1" if present else "0" for present in _held(site))
@@ -293,6 +296,18 @@ class DataVectors(Method):
         # Whatever scale they have, sites weigh as with scale 1: a secure sum takes no weights below zero.
         shares = _shares(self.recipe.rule.model_copy(update={"scale": 1.0}), counts)
         return shares[list(told).index(site.name)]
+
+    def _filtered(self, site: Site, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the recipe's filters make of a vector; where vectors are added up, its own site applies them."""
+        found = dict(vector)
+        absent = tuple(k for k, held in enumerate(_held(site)) if not held)
+        for order, one in enumerate(self.recipe.filters):
+            for name, change in found.items():
+                seed = derive_seed(site.study.seed, site.name, "filter", order, name)
+                rows = absent if self.outline.has_classes(name) else ()
+                piece = Piece(name, change.cpu(), seed, norm=math.nan, median_norm=math.nan, absent_rows=rows)
+                found[name] = one.apply(piece).to(change.device)
+        return found
 
     def judge(self, site: Site, message: Message) -> Message:
         """Validation metrics of a candidate, with its batch-norm statistics restored first where the recipe does so."""
@@ -380,9 +395,13 @@ def send_variances(site: Site, message: Message) -> Message:
 
 
 def _is_sum(recipe: Recipe) -> bool:
-    """Whether the merged vector is a sum with shares that no vector must be seen for."""
-    rule = recipe.rule
-    return not recipe.filters and not rule.judged and rule.shares([1, 1], None) is not None
+    """Whether the merged vector is a sum with shares that no vector must be seen for.
+
+    A filter that looks at one vector alone is applied by its site; so the random and shuffled controls, which join
+    every comparison, can stand beside a method whose vectors nobody sees.
+    """
+    rule, alone = recipe.rule, not any(one.needs_norms for one in recipe.filters)
+    return alone and not rule.judged and rule.shares([1, 1], None) is not None
 
 
 def _shares(rule: Rule, images: Sequence[int]) -> list[float]:
@@ -407,7 +426,9 @@ def _held(site: Site) -> list[bool]:
 
 def _source(site: str, reply: Message) -> InMemory:
     kinds: dict[Kind, Any] = {
-        kind: reply.group(kind) for kind in ("vector", "fisher", "gram") if kind in reply.groups()
+        kind: {name: tensor.cpu() for name, tensor in reply.group(kind).items()}
+        for kind in ("vector", "fisher", "gram")
+        if kind in reply.groups()
     }
     held = tuple(mark == "1" for mark in str(reply.scalars["held"]))
     return InMemory(reply.digest(), site, int(reply.scalars["images"]), held, kinds)

@@ -1,8 +1,9 @@
 """A last layer in closed form, from sums over features that sites add up: ridge regression and linear discriminants.
 
 Sums over images of several sites are the sums over all their images, so the solution is the one that pooled images
-would give, whatever their split; taking a site out is subtraction. As AFL (Zhuang et al. 2025) and Fed3R (Fanì et al.
-2024, arXiv 2405.16240) for ridge, FedCGS (arXiv 2503.06962) and GH-OFL (arXiv 2602.01186) for discriminants.
+would give, whatever their split; taking a site out is subtraction. As Fed3R (Fanì et al., ICML 2024, arXiv 2406.01116)
+and AFL (He et al., CVPR 2025, arXiv 2405.16240) for ridge, FedCGS (arXiv 2503.06962) and GH-OFL (arXiv 2602.01186) for
+discriminants.
 
 Departure: those scale features to unit length. Here they are the network's own penultimate features with a constant 1
 behind them, so the solution is the network's last linear layer and the result is a model like any other.

@@ -73,14 +73,14 @@ def record_of(happened: Happened) -> dict[str, Any]:
         "metrics": [_stage(row) for row in one.rows],
         "checks": _checks(one),
         "warnings": _warnings(one),
-        "notes": one.report.notes,
+        "notes": [*one.report.notes, *_unrestored(one)],
         "limits": _limits(one.coordinator),
         "weights_sha256": one.weights,
         "set_digest": hashlib.sha256("\n".join(one.digests).encode()).hexdigest(),
         "chain_head": one.ledger.head,
         "software": {k: v for k, v in environment().items() if k in ("polyclinic", "commit", "python", "torch")},
         "verify": ["polyclinic vectors verify LEDGER --head HEAD --model MERGED"],
-        "reproduce": ["polyclinic vectors merge LEDGER --recipe MERGED/recipe.json --out AGAIN"],
+        "reproduce": [_again(one.recipe)],
     }
     return MergeRecord.model_validate(raw).model_dump(mode="json", by_alias=True)
 
@@ -184,6 +184,24 @@ def _warnings(happened: Happened) -> list[str]:
         if release.stale:
             found.append(f"release {release.model[:12]} holds a contribution that was removed: withdraw it.")
     return found
+
+
+def _unrestored(happened: Happened) -> list[str]:
+    """Batch normalisation with the running statistics of another network is often no better than guessing."""
+    recipe, measured = happened.recipe, any(spec.statistic for spec in happened.ledger.base.outline.specs)
+    if recipe.restoration.mode != "none" or recipe.rule.name == "base" or not measured:
+        return []
+    return [
+        "its batch normalisation has the base's running statistics, which are not those of the merged network. Take "
+        "them anew on the coordinator's images (--data STUDY.yaml --set restoration=auto), or have sites send theirs "
+        "(create --statistics) and set restoration=bn-pooled."
+    ]
+
+
+def _again(recipe: Recipe) -> str:
+    """The command that makes the same model."""
+    images = " --data STUDY.yaml" if recipe.restoration.needs_images or recipe.rule.judged else ""
+    return f"polyclinic vectors merge LEDGER --recipe MERGED/recipe.json{images} --out AGAIN"
 
 
 def _limits(coordinator: Coordinator | None) -> list[str]:

@@ -81,6 +81,20 @@ def _common(found: Admission, limits: AdmissionLimits) -> bool:
     return found.agreement is not None and found.agreement >= limits.agreement
 
 
+def figures_of(found: Admission) -> str:
+    """What a person compares contributions by, in one line; figures that need others are left out without them."""
+    figures = [f"norm {found.norm:.3g}"]
+    if found.norm_ratio is not None:
+        figures[0] += f", {found.norm_ratio:.2f} times the others' median (z-score {found.norm_z or 0:+.1f})"
+    if found.cosine is not None:
+        figures.append(f"cosine to the others {found.cosine:+.2f}")
+    if found.worst_cosine is not None:
+        figures.append(f"least in {found.worst_layer} {found.worst_cosine:+.2f}")
+    if found.influence is not None:
+        figures.append(f"the mean changes by {found.influence:.0%} without it")
+    return "; ".join(figures)
+
+
 def notes_of(found: Admission, others: int, limits: AdmissionLimits) -> list[str]:
     """What else a reader should know; no reason to hold it."""
     notes = []
