@@ -97,7 +97,7 @@ def main() -> None:
     """Measure what is not measured yet, write the tables, remove the files."""
     options = _options()
     case = Case(options.scratch, **(QUICK if options.quick else {}))
-    repeats = 1 if options.quick else 3
+    repeats = 1 if options.quick else options.repeats
     results = Results(f"merge{'-quick' if options.quick else ''}", options.results, fresh=options.fresh)
     program = options.mergekit
     versions = packages(program)
@@ -298,6 +298,8 @@ def ours(found: Found) -> Table:
                 f"{_with_range(whole)} s",
                 *(f"{columns[name]:.2f} s" for name in ("writing", "closing")),
                 *(f"{median(_beside(values, reads)):.2f} x" for values in (whole, nothing)),
+                f"{median(part['cold_read'] for part in parts):.2f} s",
+                f"{median(part['cold_merge'] / part['cold_read'] for part in parts):.2f} x",
                 f"{columns['hashing']:.2f} s",
                 f"{median(_beside(hashed, reads)):.2f} x",
                 *(f"{median(megabytes(one, what=what) for one in cells):.0f} MB" for what in ("held", "peak")),
@@ -307,12 +309,14 @@ def ours(found: Found) -> Table:
     one = next(iter(found.values()))[0]
     title = f"Ours: {one['sites']} vectors of {one['file'] / 1e6:.0f} MB, {one['values']:,} values each"
     columns_ = ["Rule", "Reading once", "Merge", "of it writing", "of it closing", "Merge beside reading"]
-    columns_ += ["Without a file, beside reading", "Hashing first", "Hashing and merge, beside reading"]
+    columns_ += ["Without a file, beside reading", "Reading once, cold", "Without a file beside it, cold"]
+    columns_ += ["Hashing first", "Hashing and merge, beside reading"]
     columns_ += ["Memory before", "Memory, peak", "Allowed"]
     note = (
         f"The largest tensor has {one['largest_tensor'] / 1e6:.1f} MB. *Writing*: seconds in which the merge waits for "
         "the output to be hashed (SHA-256) and handed to the system; the next layer is blended meanwhile. *Closing*: "
-        "until it is on the disk (fsync). *Without a file*: the same merge whose tensors go nowhere. *Hashing first*: "
+        "until it is on the disk (fsync). *Without a file*: the same merge whose tensors go nowhere. *Cold*: the files had "
+        "to come from the disk. *Hashing first*: "
         "every vector's file, as `polyclinic vectors merge` does before it merges; one thread. *Before*: of the "
         "process when all is imported and the files are open."
     )
@@ -396,6 +400,7 @@ def _options() -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a tenth of the size, one repeat: under three minutes")
     size.add_argument("--full", action="store_true", help="what the results folder holds [default]; 8 GB of disk")
+    parser.add_argument("--repeats", type=int, default=3, help="of the full profile [default: 3]")
     parser.add_argument("--only", nargs="+", choices=RULES, help="only these rules")
     program = shutil.which("mergekit-pytorch")
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import math
 import sys
 import time
@@ -159,6 +160,10 @@ def ours(folder: str, rule: str, sites: int, out: str, started: float) -> Json:
     reads.append(reading(every))
     hashing = _seconds(lambda: [file.sha256() for file in opened])
     reads.append(reading(every))
+    forget(every)
+    cold_read = reading(every)
+    forget(every)
+    cold_merge = _seconds(lambda: merge(outline, base, sources, recipe, lambda name, tensor: None))
     return {
         "start": start,
         "merge": done - before,
@@ -168,6 +173,8 @@ def ours(folder: str, rule: str, sites: int, out: str, started: float) -> Json:
         "into_nothing": into_nothing,
         "hashing": hashing,
         "reads": reads,
+        "cold_read": cold_read,
+        "cold_merge": cold_merge,
         "held": held,
         "peak": peak,
     }
@@ -184,6 +191,17 @@ def reading(paths: list[Path]) -> float:
                     pass
 
     return _seconds(read)
+
+
+def forget(paths: list[Path]) -> None:
+    """Ask the system to drop files from its cache, so that the next reading is from the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -155,6 +155,8 @@ def vectors_create(
     audit = made.manifest.privacy.membership
     if audit is not None:
         say(f"membership audit: AUC {audit.auc:.3f} [{audit.low:.3f}, {audit.high:.3f}], pass mark {audit.limit:g}")
+    elif vector:
+        say("membership audit: undefined, and waived by --max-auc 1; RUN/membership.json says why")
     say(f"contribution: {out_} ({', '.join(file.name for file in made.manifest.files)})")
     say(f"digest: {made.digest}")
 

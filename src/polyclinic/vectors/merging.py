@@ -74,7 +74,7 @@ def merge_ledger(
             f"the ledger is signed by {opened.about.coordinator!r}, but the key is that of {identity.site!r}, "
             f"{identity.fingerprint}: the model could not be noted in it. Give the coordinator's --key, or none."
         )
-    recipe = recipe.resolved(base.network())
+    recipe = _decided(recipe, base)
     sent = verified_contributions(opened, observer or Silent())
     admitted = explain_ledger(opened, sent)
     used = used_contributions(opened, sent, admitted, recipe)
@@ -113,7 +113,7 @@ def evaluate_ledger(ledger: Path, recipe: Recipe, study: Study, observer: Observ
         ContributionError, StudyError, DataError: As ``merge_ledger``.
     """
     opened = Ledger.open(ledger)
-    recipe = recipe.resolved(opened.base.network())
+    recipe = _decided(recipe, opened.base)
     sent = verified_contributions(opened, observer or Silent())
     used = used_contributions(opened, sent, explain_ledger(opened, sent), recipe)
     with tempfile.TemporaryDirectory() as scratch:
@@ -187,6 +187,14 @@ def used_contributions(
         held = f"{len(admitted)} are held back; see polyclinic vectors explain" if admitted else "none brings a vector"
         raise ContributionError(f"there is nothing to merge: {held}.")
     return used
+
+
+def _decided(recipe: Recipe, base: Base) -> Recipe:
+    """The recipe with restoration ``auto`` decided; the network is not built, as its name may be somebody's code."""
+    if recipe.restoration.mode != "auto":
+        return recipe
+    mode = "bn-recal" if any(spec.statistic for spec in base.outline.specs) else "none"
+    return recipe.model_copy(update={"restoration": recipe.restoration.model_copy(update={"mode": mode})})
 
 
 def _merged_file(
