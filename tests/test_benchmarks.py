@@ -273,6 +273,7 @@ def test_goals_of_merges_count_the_disk_and_compare_neighbours(merging: ModuleTy
     def cell(merge: float, peak: float, read: float = 1.0) -> dict[str, object]:
         part = {"start": 5.0, "wall": 5.0 + merge, "closing": 0.5, "writing": 0.25, "hashing": 2.0, "cpu": 1.0}
         part |= {"into_nothing": 1.0, "reads": [read, 9.0, 0.1], "held": 200.0, "peak": peak, "anonymous": 1.0}
+        part |= {"cold_read": 2.0, "cold_merge": 3.0}
         peer = {**part, "wall": 5.0 + 4 * merge + 1.5}
         programs = {"ours": {**part, "apart": 0.0}, "plain": {**peer, "apart": 1e-7}}
         return {"programs": programs, "sites": 10, "largest_tensor": 10**7, "values": 9, "file": 36}
