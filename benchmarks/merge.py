@@ -316,7 +316,8 @@ def ours(found: Found) -> Table:
         f"The largest tensor has {one['largest_tensor'] / 1e6:.1f} MB. *Writing*: seconds in which the merge waits for "
         "the output to be hashed (SHA-256) and handed to the system; the next layer is blended meanwhile. *Closing*: "
         "until it is on the disk (fsync). *Without a file*: the same merge whose tensors go nowhere. *Cold*: the files "
-        "had to come from the disk. *Hashing first*: every vector's file, as `polyclinic vectors merge` does before it merges; one thread. *Before*: of the "
+        "had to come from the disk. *Hashing first*: every vector's file, as `polyclinic vectors merge` does before it "
+        "merges; one thread. *Before*: of the "
         "process when all is imported and the files are open."
     )
     return Table(title, columns_, rows, note)
