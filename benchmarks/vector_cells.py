@@ -71,6 +71,7 @@ TOTALS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
 """The sweep of lambda: how many times the mean vector is added to the base; N is the paper's sum."""
 
 METRICS = ("balanced_accuracy", "auroc")
+POOLED_HEAD = "ridge head on pooled"
 ONE_ROUND = "fedavg, one round"
 NATURAL = "bn-recal, natural"
 """bn-recal on images at their natural class frequencies, although the sites trained on balanced batches."""
@@ -284,7 +285,8 @@ def measure(cell: Cell, reference: State, kept: Path) -> Measured:
     sources = found.timed("statistics", lambda: sources_of(cell, states))
     _singles(cell, found, states)
     merged = _merges(cell, found, sources)
-    _heads(cell, found, merged["mean"])
+    restored = {"base": _restored(cell, cell.base, "bn-recal"), "merged": _restored(cell, merged["mean"], "bn-recal")}
+    _heads(cell, found, {**restored, "pooled": reference, "fedavg": many})
     found.add(ONE_ROUND, averaged(cell, states))
     for name, state in (("fedavg, many rounds", many), ("pooled", reference)):
         found.add(name, state)
@@ -342,11 +344,10 @@ def merged_state(cell: Cell, sources: Sequence[InMemory], recipe: Mapping[str, A
     return state
 
 
-def _heads(cell: Cell, found: Measured, backbone: State) -> None:
-    """Closed-form heads on the base's features and on the merged backbone's, from sums over the sites."""
+def _heads(cell: Cell, found: Measured, backbones: Mapping[str, State]) -> None:
+    """Closed-form heads on the features of models as they are, from sums over the sites."""
     task = make_task(cell.study.task, cell.study.training)
-    restored = _restored(cell, backbone, "bn-recal")
-    for name, state in (("base", _restored(cell, cell.base, "bn-recal")), ("merged", restored)):
+    for name, state in backbones.items():
         cell.load(state)
         classes = len(cell.study.task.classes)
         parts = [head_sums(cell.model, data, task, fewest=1) for data in cell.hospitals.values()]
@@ -452,15 +453,18 @@ def complete(cell: Cell, wanted: Sequence[str], kept: Path, path: Path) -> bool:
         before = {name: arrays[name] for name in arrays.files}
     known = json.loads(str(before["__scores__"]))
     having = {name.partition("\t")[0] for name in before}
-    if ONE_ROUND in known and all(name in having for name in wanted if name in known):
+    if {ONE_ROUND, POOLED_HEAD} <= known.keys() and all(name in having for name in wanted if name in known):
         return False
     found = Measured(cell)
     found.facts = json.loads(str(before["__facts__"]))
     prefix = "probabilities\t"
     found.test = {n.removeprefix(prefix): said for n, said in before.items() if n.startswith(prefix)}
+    states, _ = trained(cell, kept)
     if ONE_ROUND not in known:
-        states, _ = trained(cell, kept)
         found.add(ONE_ROUND, averaged(cell, {site: states[site] for site in cell.hospitals}))
+    if POOLED_HEAD not in known:
+        pooled_state, _ = read_tensors(path.with_name(f"pooled.{cell.seed}.safetensors"))
+        _heads(cell, found, {"pooled": pooled_state, "fedavg": states["*fedavg"]})
     scores, replicates = scored(found, wanted)
     _write(found, scores | known, {name: before.get(name, values) for name, values in replicates.items()}, path)
     return True

@@ -49,6 +49,8 @@ HEADLINE = (
     "lda head on base",
     "ridge head on merged",
     "lda head on merged",
+    "ridge head on fedavg",
+    "ridge head on pooled",
     "fedavg, one round",
     "fedavg, many rounds",
     "fedavg, many rounds, bn-recal",

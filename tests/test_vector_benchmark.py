@@ -93,7 +93,14 @@ def test_a_cell_of_older_code_gets_what_it_lacks_without_training(
         before = {name: arrays[name] for name in arrays.files}
     states: dict[str, dict[str, Tensor]] = {"north": {"w": torch.ones(2)}, "south": {"w": torch.ones(2)}}
     monkeypatch.setattr(cells, "trained", lambda cell, kept: ({**states, "*fedavg": states["north"]}, {}))
-    wanted = ["random, mean", "single, bn-recal", "fedavg, one round"]
+    monkeypatch.setattr(cells, "read_tensors", lambda path: (states["south"], {}))
+
+    def heads(own: Any, found: Any, backbones: dict[str, dict[str, Tensor]]) -> None:
+        for name, state in backbones.items():
+            found.add(f"ridge head on {name}", state)
+
+    monkeypatch.setattr(cells, "_heads", heads)
+    wanted = ["random, mean", "single, bn-recal", "fedavg, one round", "ridge head on pooled"]
     assert cells.complete(cell(), wanted, tmp_path / "kept", path)
     with np.load(path) as arrays:
         after = {name: arrays[name] for name in arrays.files}
