@@ -26,7 +26,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 def cell(division: str = "real") -> Any:
     """Two hospitals with two classes of four test patients each; the second has images of one class alone."""
     owners = ["north"] * 4 + ["south"] * 4
-    cases = [SimpleNamespace(site=site, patient=str(k)) for k, site in enumerate(owners)]
+    cases = [SimpleNamespace(seed=0, site=site, patient=str(k)) for k, site in enumerate(owners)]
     labels = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0])
     everything = SimpleNamespace(splits={"test": torch.arange(8)}, cases=cases, labels=lambda split: labels)
     sizes = {"north": 30, "south": 10}
