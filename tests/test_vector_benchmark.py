@@ -26,12 +26,12 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 def cell(division: str = "real") -> Any:
     """Two hospitals with two classes of four test patients each; the second has images of one class alone."""
     owners = ["north"] * 4 + ["south"] * 4
-    cases = [SimpleNamespace(seed=0, site=site, patient=str(k)) for k, site in enumerate(owners)]
+    cases = [SimpleNamespace(site=site, patient=str(k)) for k, site in enumerate(owners)]
     labels = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0])
     everything = SimpleNamespace(splits={"test": torch.arange(8)}, cases=cases, labels=lambda split: labels)
     sizes = {"north": 30, "south": 10}
     hospitals = {site: SimpleNamespace(splits={"train": torch.arange(size)}) for site, size in sizes.items()}
-    made = SimpleNamespace(everything=everything, division=division, hospitals=hospitals, names=["w"])
+    made = SimpleNamespace(seed=0, everything=everything, division=division, hospitals=hospitals, names=["w"])
     made.base = {"w": torch.zeros(2)}
     made.judged = lambda state, split: says([0.25 * float(state["w"][0])] * 8)
     return made
