@@ -287,8 +287,8 @@ def test_every_field_of_the_schema_is_described() -> None:
 
 def test_the_schema_knows_every_method() -> None:
     schema = study_schema()
-    fields = [part["properties"].get("name", {}) for part in schema["$defs"].values()]
-    names = {field["const"] for field in fields if "const" in field}
+    methods = [part["properties"] for part in schema["$defs"].values() if "participation" in part["properties"]]
+    names = {fields["name"]["const"] for fields in methods}
     assert names == set(METHODS)
     assert schema["properties"]["method"]["anyOf"][0]["enum"] == sorted(METHODS)
     references = [word for word in json.dumps(schema).split('"') if word.startswith("#/$defs/")]

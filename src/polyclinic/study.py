@@ -566,6 +566,11 @@ def study_schema() -> dict[str, Any]:
         schema["$defs"].update(part.pop("$defs", {}))
         schema["$defs"][part["title"]] = part
         choices.append({"$ref": f"#/$defs/{part['title']}"})
+    for part in schema["$defs"].values():
+        name = part.get("properties", {}).get("name", {})
+        if "const" in name and "description" not in name:
+            # One of several kinds of settings, such as a merge rule: its name says what the settings do.
+            name["description"] = part["description"].partition("\n\n")[0]
     description = schema["properties"]["method"].get("description", "")
     schema["properties"]["method"] = {"description": description, "default": "fedavg", "anyOf": choices}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
