@@ -127,8 +127,10 @@ def write_results(name: str, folder: Path, out: Path, seeds: Sequence[int], norm
         found = configs(folder, dataset, seeds)
         tables += dataset_tables(results, dataset, found)
     rounds = sorted({f["rounds"] for cell in results.cells.values() for f in cell["measured"]["facts"]})
+    trained = sorted({f["commit"] for cell in results.cells.values() for f in cell["measured"]["facts"]})
     title = "Data vectors: real images, every rule, every control"
     note = f" Network: small-cnn with {norm} norm." + ("" if norm == "batch" else " Nothing to recalibrate: none.")
+    note += f" Trained and merged at commit {', '.join(trained)} with one thread; later controls at the one below."
     results.write(title, INTRO.format(rounds=" or ".join(map(str, rounds))) + note, tables, seeds=seeds)
     plot(folder, out / f"{name}.png", seeds)
 
