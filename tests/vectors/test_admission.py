@@ -18,7 +18,6 @@ from polyclinic.vectors.admission import (
     absent_rows,
     admission,
     changed_shares,
-    leave_one_out,
 )
 from polyclinic.vectors.likeness import agreement, beyond_chance
 from polyclinic.vectors.sources import InMemory, Outline, Spec
@@ -324,14 +323,6 @@ def test_the_survey_of_another_set_is_refused() -> None:
     honest = alike(3)
     with pytest.raises(ContributionError, match="another set"):
         admission(OUTLINE, honest, survey(honest[:2]), {})
-
-
-def test_leave_one_out_is_the_score_with_less_the_score_without() -> None:
-    worth = {"a": 1.0, "b": -2.0, "c": 4.0}
-    sources = [source(digest, head_bias=torch.zeros(3)) for digest in "cab"]
-    assert leave_one_out(sources, lambda some: sum(worth[s.digest] for s in some)) == worth
-    with pytest.raises(ContributionError, match="two contributions"):
-        leave_one_out(sources[:1], len)
 
 
 def test_limits_are_settings() -> None:

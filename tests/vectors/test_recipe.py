@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 from torch import nn
 
-from polyclinic.vectors.recipe import Recipe, filter_names, rule_names
+from polyclinic.vectors.recipe import AnyFilter, AnyRule, Recipe
 from polyclinic.vectors.restoration import Restoration
 
 
@@ -27,9 +27,10 @@ def test_a_name_alone_is_a_rule_a_filter_a_head_or_a_mode() -> None:
 
 
 def test_every_rule_and_filter_can_be_named_and_comes_back_from_json() -> None:
-    assert {"data-vector", "ties", "median", "base"} <= set(rule_names())
-    recipes = [Recipe.model_validate({"rule": name}) for name in rule_names()]
-    recipes += [Recipe.model_validate({"filters": [name]}) for name in filter_names()]
+    rules, filters = ([one.model_fields["name"].default for one in get_args(union)] for union in (AnyRule, AnyFilter))
+    assert {"data-vector", "ties", "median", "base"} <= set(rules)
+    recipes = [Recipe.model_validate({"rule": name}) for name in rules]
+    recipes += [Recipe.model_validate({"filters": [name]}) for name in filters]
     for recipe in recipes:
         assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
     assert len({recipe.digest for recipe in recipes}) == len(recipes)

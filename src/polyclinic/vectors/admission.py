@@ -9,7 +9,7 @@ person, and a person's decision counts. What is against the format is refused be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -180,24 +180,6 @@ def changed_shares(outline: Outline, sources: Sequence[Source]) -> dict[str, flo
         moved = (int(source.read("vector", spec.name).count_nonzero()) for spec in outline.weights)
         shares[source.digest] = sum(moved) / values
     return shares
-
-
-def leave_one_out(sources: Sequence[Source], score: Callable[[Sequence[Source]], float]) -> dict[str, float]:
-    """How much each contribution adds to a score of the merged model: with all, less without this one.
-
-    Args:
-        sources: Two or more.
-        score: Merges some contributions and tells how good the model is, for instance on the coordinator's
-            validation images; larger is better.
-
-    Returns:
-        By digest, in the order of digests; negative where the model is better without it.
-    """
-    ordered = in_order(sources)
-    if len(ordered) < 2:
-        raise ContributionError("leaving one out needs two contributions or more.")
-    whole = score(ordered)
-    return {s.digest: whole - score([*ordered[:j], *ordered[j + 1 :]]) for j, s in enumerate(ordered)}
 
 
 class _Table:

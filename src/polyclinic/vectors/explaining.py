@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from polyclinic.vectors.admission import Admission, admission
+from polyclinic.vectors.admission import Admission, admission, changed_shares
 from polyclinic.vectors.contribution import Contribution
 from polyclinic.vectors.ledger import Ledger
 from polyclinic.vectors.survey import survey_vectors
@@ -22,5 +22,8 @@ def explain_ledger(ledger: Path | Ledger, sent: Sequence[Contribution] | None = 
     """
     opened = ledger if isinstance(ledger, Ledger) else Ledger.open(ledger)
     sources = [one for one in (opened.contributions if sent is None else sent) if one.names("vector")]
+    if not sources:
+        return {}
     outline = opened.base.outline
-    return admission(outline, sources, survey_vectors(outline, sources), opened.decisions) if sources else {}
+    changed = changed_shares(outline, sources)
+    return admission(outline, sources, survey_vectors(outline, sources), opened.decisions, changed=changed)

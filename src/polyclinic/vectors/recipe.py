@@ -106,16 +106,6 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
         raise StudyError(explain(error, Recipe, f"{path or 'the recipe'} is not valid:")) from None
 
 
-def rule_names() -> list[str]:
-    """Names of all rules."""
-    return list(_by_name(AnyRule))
-
-
-def filter_names() -> list[str]:
-    """Names of all filters."""
-    return list(_by_name(AnyFilter))
-
-
 def _by_name(union: Any) -> dict[str, type[Settings]]:
     return {one.model_fields["name"].default: one for one in get_args(union)}
 
