@@ -17,7 +17,6 @@ from polyclinic.vectors.admission import (
     Decision,
     absent_rows,
     admission,
-    changed_shares,
 )
 from polyclinic.vectors.likeness import agreement, beyond_chance
 from polyclinic.vectors.sources import InMemory, Outline, Spec
@@ -192,7 +191,7 @@ def test_share_of_values_that_changed() -> None:
     still = {"head_weight": torch.zeros(3, 2), "head_bias": torch.zeros(3)}
     one = source("a", body_weight=torch.eye(WIDTH, 2), **still)
     other = source("b", body_weight=torch.ones(WIDTH, 2), **still)
-    shares = changed_shares(OUTLINE, [one, other])
+    shares = survey_vectors(OUTLINE, [one, other]).changed
     values = 2 * WIDTH + 9
     assert shares == {"a": 2 / values, "b": 2 * WIDTH / values}
     found = admission(OUTLINE, [one, other], survey([one, other]), {}, changed=shares)

@@ -155,7 +155,7 @@ def admission(
         survey: Of the same contributions.
         decisions: By digest, what people decided; digests of other contributions are ignored.
         limits: Beyond what a contribution is held.
-        changed: From ``changed_shares``, where wanted: it costs one more pass over the files.
+        changed: Share of the values of each vector that changed, by digest, where that is known.
 
     Returns:
         By digest, in the order of digests.
@@ -170,16 +170,6 @@ def admission(
     held = {digest for digest, decided in decisions.items() if decided == "hold"}
     table = _Table(outline, ordered, survey, held, changed or {})
     return {s.digest: _judged(table, j, decisions.get(s.digest), limits) for j, s in enumerate(ordered)}
-
-
-def changed_shares(outline: Outline, sources: Sequence[Source]) -> dict[str, float]:
-    """Share of the values of each vector that differ from zero, by digest; reads all vectors, a layer at a time."""
-    values = sum(math.prod(spec.shape) for spec in outline.weights)
-    shares = {}
-    for source in in_order(sources):
-        moved = (int(source.read("vector", spec.name).count_nonzero()) for spec in outline.weights)
-        shares[source.digest] = sum(moved) / values
-    return shares
 
 
 class _Table:

@@ -7,7 +7,7 @@ explains the gain, the vectors did nothing. Validation images choose the best si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from polyclinic.runner import Observer, Silent
 from polyclinic.vectors.base import Base
 from polyclinic.vectors.coordinator import NAME, Coordinator, ensemble
 from polyclinic.vectors.filters.controls import RandomControl, ShuffledControl
-from polyclinic.vectors.merge import merge
+from polyclinic.vectors.merge import JudgeModel, merge
 from polyclinic.vectors.recipe import Recipe
 from polyclinic.vectors.restoration import Restoration
 from polyclinic.vectors.rules.data_vector import DataVector
@@ -33,20 +33,16 @@ Row = dict[str, Any]
 def merged_state(base: Base, sources: Sequence[Source], recipe: Recipe, coordinator: Coordinator | None) -> State:
     """A merge in memory, before restoration on images; candidates are judged after a restoration of their own."""
     state: State = {}
-    judge: Callable[[Mapping[str, Tensor]], float] | None = None
-    if coordinator is not None:
-        chosen = coordinator
-
-        def judge(candidate: Mapping[str, Tensor]) -> float:
-            return chosen.score(chosen.restored(candidate, judging(recipe.restoration)))
-
-    merge(base.outline, base, sources, recipe, state.__setitem__, judge=judge)
+    merge(base.outline, base, sources, recipe, state.__setitem__, judge=judge_of(coordinator, recipe))
     return state
 
 
-def judging(restoration: Restoration) -> Restoration:
-    """How candidates are restored before they are compared: cheaply, or not at all."""
-    return restoration if restoration.mode == "bn-recal" else Restoration()
+def judge_of(coordinator: Coordinator | None, recipe: Recipe) -> JudgeModel | None:
+    """How candidates are compared: on the coordinator's validation images, after a cheap restoration or none."""
+    if coordinator is None:
+        return None
+    restoration = recipe.restoration if recipe.restoration.mode == "bn-recal" else Restoration()
+    return lambda candidate: coordinator.score(coordinator.restored(candidate, restoration))
 
 
 def control_table(

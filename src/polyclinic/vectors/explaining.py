@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from polyclinic.vectors.admission import Admission, admission, changed_shares
+from polyclinic.vectors.admission import Admission, admission
 from polyclinic.vectors.contribution import Contribution
 from polyclinic.vectors.ledger import Ledger
 from polyclinic.vectors.survey import survey_vectors
@@ -25,5 +25,5 @@ def explain_ledger(ledger: Path | Ledger, sent: Sequence[Contribution] | None = 
     if not sources:
         return {}
     outline = opened.base.outline
-    changed = changed_shares(outline, sources)
-    return admission(outline, sources, survey_vectors(outline, sources), opened.decisions, changed=changed)
+    survey = survey_vectors(outline, sources)
+    return admission(outline, sources, survey, opened.decisions, changed=survey.changed)

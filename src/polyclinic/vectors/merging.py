@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from polyclinic.vectors.admission import Admission
 from polyclinic.vectors.base import SPEC_FILE, Base, weights_digest
 from polyclinic.vectors.card import write_card
 from polyclinic.vectors.contribution import Contribution
-from polyclinic.vectors.controls import Row, control_table, judging
+from polyclinic.vectors.controls import Row, control_table, judge_of
 from polyclinic.vectors.coordinator import Coordinator
 from polyclinic.vectors.explaining import explain_ledger
 from polyclinic.vectors.folders import read_small, whole_folder, write_whole
@@ -206,13 +206,6 @@ def _merged_file(
     observer: Observer,
 ) -> MergeReport:
     """Merge verified contributions into a file, layer by layer."""
-    judge: Callable[[Mapping[str, Tensor]], float] | None = None
-    if coordinator is not None:
-        chosen = coordinator
-
-        def judge(candidate: Mapping[str, Tensor]) -> float:
-            return chosen.score(chosen.restored(candidate, judging(recipe.restoration)))
-
     specs = base.outline.specs
     with TensorWriter(path, [(spec.name, spec.dtype, spec.shape) for spec in specs]) as writer:
 
@@ -222,7 +215,7 @@ def _merged_file(
             observer.working("layers merged", len(written), len(specs))
 
         written: list[str] = []
-        return merge(base.outline, base, used, recipe, write, judge=judge)
+        return merge(base.outline, base, used, recipe, write, judge=judge_of(coordinator, recipe))
 
 
 def _write_model(path: Path, base: Base, state: Mapping[str, Tensor]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ class VectorSurvey:
         digests: Of the contributions, sorted; rows and columns of the matrices are in this order.
         sites: Who sent them, in the same order.
         products: For each layer of a vector the dot products ``[N, N]``, float64.
+        changed: Share of the values of each vector that differ from zero, by digest.
     """
 
     digests: tuple[str, ...]
     sites: tuple[str, ...]
     products: dict[str, Tensor]
+    changed: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> Tensor:
@@ -56,10 +59,11 @@ def survey_vectors(outline: Outline, sources: Sequence[Source]) -> VectorSurvey:
     ordered = in_order(sources)
     feed = Feed(outline, InMemoryTensors({}), ordered)
     rows = torch.empty(len(ordered), BLOCK, dtype=torch.float64)
-    products = {}
+    products, moved = {}, [0] * len(ordered)
     with one_thread():
         for spec in outline.weights:
             vectors = [feed.vector(j, spec).reshape(-1) for j in range(len(ordered))]
+            moved = [count + int(vector.count_nonzero()) for count, vector in zip(moved, vectors, strict=True)]
             product = torch.zeros(len(ordered), len(ordered), dtype=torch.float64)
             for span in spans(vectors[0].numel() if vectors else 0):
                 block = rows[:, : span.stop - span.start]
@@ -68,4 +72,6 @@ def survey_vectors(outline: Outline, sources: Sequence[Source]) -> VectorSurvey:
                 product.addmm_(block, block.T)
             products[spec.name] = (product + product.T) / 2
             del vectors  # else they live on while the next layer is read
-    return VectorSurvey(tuple(s.digest for s in ordered), tuple(s.site for s in ordered), products)
+    values = sum(math.prod(spec.shape) for spec in outline.weights)
+    changed = {source.digest: count / values for source, count in zip(ordered, moved, strict=True)}
+    return VectorSurvey(tuple(s.digest for s in ordered), tuple(s.site for s in ordered), products, changed)
