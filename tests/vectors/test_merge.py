@@ -538,7 +538,7 @@ class TestMemory:
         base = InMemoryTensors({spec.name: torch.zeros(64) for spec in outline.specs})
         merge(outline, base, arrived, recipe, lambda name, tensor: None)
         assert alive["now"] == 0
-        assert count < alive["most"] <= 2 * count
+        assert count <= alive["most"] <= 2 * count  # how far reading runs ahead is the scheduler's choice
 
 
 def test_memory_is_used_again_only_when_nobody_holds_it() -> None:
