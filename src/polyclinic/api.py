@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from polyclinic.errors import RunError, StudyError
-from polyclinic.study import Settings, Study, TaskSettings, load_study
+from polyclinic.settings import Settings
+from polyclinic.study import Study, TaskSettings, load_study
 from polyclinic.yaml_settings import explain
 
 if TYPE_CHECKING:

@@ -15,18 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from polyclinic.errors import StudyError, nearest
+from polyclinic.settings import Settings
+from polyclinic.synthesis.settings import SynthesisSettings
 from polyclinic.yaml_settings import explain, override, read_yaml
 
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-
-
-class Settings(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class TaskSettings(Settings):
@@ -420,6 +416,8 @@ class Study(Settings):
     """How the sites learn together: a name and that method's settings."""
     aggregation: AggregationSettings = AggregationSettings()
     """How updates are combined."""
+    synthesis: SynthesisSettings | None = None
+    """Synthetic samples that sites exchange before the first round; empty: none."""
     evaluation: EvaluationSettings = EvaluationSettings()
     """How the run is judged."""
     compare: ComparisonSettings = ComparisonSettings()

@@ -16,7 +16,8 @@ from polyclinic.federation.state import ServerState
 from polyclinic.models.normalisation import shared_names
 from polyclinic.secure.sum import SecureSum
 from polyclinic.seeds import generator
-from polyclinic.study import Settings, Study
+from polyclinic.settings import Settings
+from polyclinic.study import Study
 
 if TYPE_CHECKING:
     from polyclinic.data.dataset import SiteData

@@ -18,7 +18,7 @@ from polyclinic.federation.state import ServerState
 from polyclinic.methods.base import Method, MethodParams, Op, load_global
 from polyclinic.methods.fedavg import UPDATE, average_rounds, train_global
 from polyclinic.secure.sum import SecureSum
-from polyclinic.study import Settings
+from polyclinic.settings import Settings
 from polyclinic.training import StepRule, plain_step
 
 

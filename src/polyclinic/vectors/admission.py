@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 
 from polyclinic.errors import ContributionError
-from polyclinic.study import Settings
+from polyclinic.settings import Settings
 from polyclinic.vectors.feed import in_order
 from polyclinic.vectors.likeness import (
     agreement,

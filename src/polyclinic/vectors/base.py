@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from polyclinic.errors import ContributionError, nearest
 from polyclinic.models.registry import build_model, start_model
 from polyclinic.models.weights import load_tensors, shared_tensors
-from polyclinic.study import Settings, Study
+from polyclinic.settings import Settings
+from polyclinic.study import Study
 from polyclinic.vectors.base_spec import AT_HOME, LARGEST_SPEC, SCHEMA, SPEC_FILE, WEIGHTS_FILE, BaseSpec, TensorEntry
 from polyclinic.vectors.folders import (
     canonical_json,

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_serializer, field_validator
 
-from polyclinic.study import ImageSettings, ModelSettings, Settings, SiteName, TaskSettings
+from polyclinic.settings import Settings
+from polyclinic.study import ImageSettings, ModelSettings, SiteName, TaskSettings
 from polyclinic.vectors.folders import Digest, Moment, canonical_json
 
 SCHEMA: Literal["polyclinic-base/1"] = "polyclinic-base/1"

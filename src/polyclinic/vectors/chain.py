@@ -18,7 +18,8 @@ from pydantic import Field, RootModel
 
 from polyclinic.errors import ContributionError
 from polyclinic.secure.key_files import from_base64, to_base64
-from polyclinic.study import Settings, SiteName
+from polyclinic.settings import Settings
+from polyclinic.study import SiteName
 from polyclinic.vectors.folders import Digest, Moment, canonical_json, parse_json, read_small, validated
 
 LONGEST_LINE = 2**16

@@ -27,7 +27,8 @@ from polyclinic.prediction import load_model
 from polyclinic.results import RunFolder
 from polyclinic.runner import Observer, load_sites
 from polyclinic.secure.identity import Identity
-from polyclinic.study import Settings, Study, load_study
+from polyclinic.settings import Settings
+from polyclinic.study import Study, load_study
 from polyclinic.tasks import Task, make_task
 from polyclinic.vectors.base import Base
 from polyclinic.vectors.contribution import Contribution, write_contribution

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from polyclinic.errors import ContributionError
-from polyclinic.study import Settings
+from polyclinic.settings import Settings
 
 TEMPERATURE = 10.0
 """What ridge scores, which lie about 0 and 1, are multiplied by to become logits: a score ahead by 0.5 is then a

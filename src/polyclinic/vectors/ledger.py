@@ -28,7 +28,8 @@ from pydantic import Field
 from polyclinic.errors import ContributionError, PolyclinicError
 from polyclinic.secure.identity import Identity, Roster, fingerprint
 from polyclinic.secure.key_files import from_base64, to_base64
-from polyclinic.study import Settings, SiteName
+from polyclinic.settings import Settings
+from polyclinic.study import SiteName
 from polyclinic.vectors.base import SPEC_FILE, WEIGHTS_FILE, Base
 from polyclinic.vectors.chain import (
     LARGEST_CHAIN,

@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from polyclinic.errors import ContributionError
-from polyclinic.study import AugmentSettings, Settings, SiteName
+from polyclinic.settings import Settings
+from polyclinic.study import AugmentSettings, SiteName
 from polyclinic.vectors.folders import Digest, Moment, canonical_json, parse_json, validated
 
 SCHEMA = "polyclinic-contribution/1"

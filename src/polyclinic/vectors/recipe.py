@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 from torch import nn
 
 from polyclinic.errors import StudyError, nearest
-from polyclinic.study import Settings
+from polyclinic.settings import Settings
 from polyclinic.vectors.filters.breadcrumbs import Breadcrumbs
 from polyclinic.vectors.filters.controls import RandomControl, ShuffledControl
 from polyclinic.vectors.filters.dare import Dare

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from polyclinic.study import Settings
+from polyclinic.settings import Settings
 
 SCHEMA: Literal["polyclinic-merge/1"] = "polyclinic-merge/1"
 

@@ -28,7 +28,8 @@ from polyclinic.models.normalisation import running_statistics
 from polyclinic.models.registry import head_name
 from polyclinic.models.weights import load_tensors, shared_tensors, snapshot
 from polyclinic.seeds import derive_seed, generator
-from polyclinic.study import AugmentSettings, Settings, TrainingSettings
+from polyclinic.settings import Settings
+from polyclinic.study import AugmentSettings, TrainingSettings
 from polyclinic.tasks import Task
 from polyclinic.tasks.segmentation import Segmentation
 from polyclinic.training import Step, plain_step, train

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from polyclinic.study import Settings
+from polyclinic.settings import Settings
 from polyclinic.vectors.sources import Kind
 
 Judge = Callable[[Sequence[float]], float]

@@ -1,0 +1,1 @@
+"""What makes samples, behind one interface (``base.py``); each file has both sides, as a method has."""
