@@ -108,6 +108,8 @@ def _default(entry: Json) -> str:
     if "default" not in entry:
         return ""
     value = entry["default"]
+    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        value = [one["name"] for one in value]
     if "$ref" in entry or (isinstance(value, dict) and value):
         return "see its table"
     if value is None or value in ("", [], {}):

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -24,7 +24,7 @@ from polyclinic.evaluation.results import write_replicates
 from polyclinic.evaluation.summary import SiteResult, summarise
 from polyclinic.federation.local import LocalChannel
 from polyclinic.federation.message import Message
-from polyclinic.federation.site import Leaf, Site, Workbench
+from polyclinic.federation.site import Leaf, Op, Site, Workbench
 from polyclinic.federation.state import ServerState
 from polyclinic.methods import make_method
 from polyclinic.methods.pooled import POOLED_SITE
@@ -33,10 +33,15 @@ from polyclinic.models.weights import save_tensors, shared_tensors, snapshot
 from polyclinic.results import Json, RunFolder, plain_json
 from polyclinic.secure.backends import Aggregation
 from polyclinic.study import Study
+from polyclinic.synthesis.exchange import Exchange
+from polyclinic.synthesis.exchange_run import ExchangeRun
 from polyclinic.tasks import make_task
 from polyclinic.training import learning_rate
 
-RESERVED_SITES = frozenset({POOLED_SITE, "global", "mean", "server", "worst"})
+if TYPE_CHECKING:
+    from polyclinic.secure.identity import Credentials
+
+RESERVED_SITES = frozenset({POOLED_SITE, "exchange", "global", "mean", "server", "worst"})
 
 
 class Observer(Protocol):
@@ -162,14 +167,27 @@ class Run:
 
     def __init__(self, study: Study, sites: Mapping[str, SiteData], folder: RunFolder, observer: Observer) -> None:
         _check_device(study)
-        self.study, self.data, self.folder, self.observer = study, sites, folder, observer
         self.method = make_method(study)
+        study = self.method.study
+        self.study, self.data, self.folder, self.observer = study, sites, folder, observer
         for data in sites.values():
             self.method.check_data(data)
         self.aggregation = Aggregation(study, self.method, sorted(sites))
         self.bench = Workbench(lambda: start_model(study), study.device)
         self.losses: dict[str, float] = {}
-        self.channel = self._local_channel()
+        exchanged = folder.path / "state" / "exchange"
+        self.exchange: ExchangeRun | None = None
+        if study.synthesis is not None:
+            exchange = Exchange(study, self.bench)
+            sums = Aggregation(study, exchange, sorted(sites))
+            channel = self._local_channel(sums.ops, sums.credentials, exchanged)
+            self.exchange = ExchangeRun(exchange, channel, sums, folder, observer)
+        self.channel = self._local_channel(
+            {**self.aggregation.ops, **evaluation_ops(self.method)},
+            self.aggregation.credentials,
+            folder.path,
+            exchanged if self.exchange else None,
+        )
         cases = {name: data.cases for name, data in sites.items()}
         if folder.checkpoint.is_file():
             check_splits(cases, folder.path / "splits.csv")
@@ -182,7 +200,10 @@ class Run:
         self.records = folder.rounds(upto=self.state.finished)
 
     def train(self) -> None:
-        """Drive the method round by round; after each, judge, record and save."""
+        """Drive the method round by round; after each, judge, record and save. An exchange of samples comes first."""
+        if self.exchange is not None:
+            self.exchange.finish()
+            self.losses.clear()  # those of its generator
         study, state, channel = self.study, self.state, self.channel
         self.observer.run_started(study, list(channel.sites), state.finished)
         channel.begin_round(state.finished + 1)
@@ -223,6 +244,8 @@ class Run:
     def _what_leaves(self) -> Json:
         """Per op, everything that may leave a site, as declared and enforced."""
         ops = {**self.aggregation.ops, **evaluation_ops(self.method)}
+        if self.exchange is not None:
+            ops = {**self.exchange.ops, **ops}
         return {
             "simulation": "every training image leaves its site" if self.method.simulation_only else "",
             "aggregation": self.aggregation.backend,
@@ -230,20 +253,28 @@ class Run:
             "leaves": {op: [_leaf(leaf) for leaf in entry.leaves] for op, entry in ops.items()},
         }
 
-    def _local_channel(self) -> LocalChannel:
-        study, method = self.study, self.method
+    def _local_channel(
+        self, ops: Mapping[str, Op], credentials: Mapping[str, Credentials], folder: Path, exchanged: Path | None = None
+    ) -> LocalChannel:
+        """Sites with these ops, whose states lie below ``folder``."""
+        study = self.study
         task = make_task(study.task, study.training)
-        ops = {**self.aggregation.ops, **evaluation_ops(method)}
-        credentials = self.aggregation.credentials
 
         def make(name: str, data: SiteData) -> Site:
-            own = credentials.get(name)
             return Site(
-                name, study, data, task, workbench=self.bench, ops=ops, folder=self.folder.path, credentials=own
+                name,
+                study,
+                data,
+                task,
+                workbench=self.bench,
+                ops=ops,
+                folder=folder,
+                credentials=credentials.get(name),
+                exchanged=exchanged,
             )
 
         hidden = {}
-        if method.simulation_only:
+        if self.method.simulation_only:
             hidden[POOLED_SITE] = make(
                 POOLED_SITE, SiteData.concat([self.data[n] for n in sorted(self.data)], POOLED_SITE)
             )
@@ -283,7 +314,8 @@ class Run:
         table = summarise(results, study.evaluation.confidence)
         known = class_notes({name: data.cases for name, data in self.data.items()}, study.task)
         ops: dict[str, dict[str, int]] = {}
-        for part in [*(r["bytes"] for r in records), self.channel.traffic.by_op()]:
+        before = [self.exchange.bytes] if self.exchange else []
+        for part in [*before, *(r["bytes"] for r in records), self.channel.traffic.by_op()]:
             for op, n in part.items():
                 total = ops.setdefault(op, {"up": 0, "down": 0})
                 total["up"], total["down"] = total["up"] + n["up"], total["down"] + n["down"]
@@ -309,7 +341,10 @@ class Run:
             "worst": table["worst"],
             "notes": [*(f"{s} could not be tested: {why}" for s, why in self.channel.absent.items()), *table["notes"]],
             "bytes": ops,
-            "seconds": {"rounds": sum(r["seconds"] for r in records)},
+            "seconds": {
+                "rounds": sum(r["seconds"] for r in records),
+                **({"exchange": self.exchange.seconds} if self.exchange else {}),
+            },
             "process_peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
 

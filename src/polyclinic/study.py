@@ -20,7 +20,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 from polyclinic.errors import StudyError, nearest
 from polyclinic.settings import Settings
 from polyclinic.synthesis.settings import SynthesisSettings
-from polyclinic.yaml_settings import explain, override, read_yaml
+from polyclinic.yaml_settings import assign, explain, override, read_yaml
 
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
@@ -33,8 +33,12 @@ class TaskSettings(Settings):
     classes: list[str] = Field(min_length=1)
     """Class names in order: the order of the network's outputs at every site. For segmentation the first is the
     background."""
-    loss: Literal["auto", "cross-entropy", "focal", "dice-ce"] = "auto"
-    """``auto``: cross-entropy (binary cross-entropy for multi-label), Dice + cross-entropy for segmentation."""
+    loss: Literal["auto", "cross-entropy", "focal", "logit-adjusted", "fedlc", "dice-ce"] = "auto"
+    """``auto``: cross-entropy (binary cross-entropy for multi-label), Dice + cross-entropy for segmentation;
+    logit-adjusted for fedssg. ``logit-adjusted`` (balanced softmax) and ``fedlc`` favour classes that are rare among
+    what a site trains on."""
+    tau: float = Field(1.0, ge=0)
+    """Strength of logit-adjusted and fedlc."""
     threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["validation"] = 0.5
     """Segmentation with two classes: foreground is where its probability is at least this. ``validation``: each site
     takes the value with the best mean Dice on its own validation images. With more classes the likeliest counts."""
@@ -108,13 +112,22 @@ class PhantomSite(Settings):
     """Number of patients; each has one or two images."""
     prevalence: dict[str, float] = {}
     """Share of each class; classes left out share the rest evenly."""
+    counts: dict[Literal["train", "val", "test"], dict[str, Annotated[int, Field(ge=0, le=10_000)]]] = {}
+    """Exact numbers of patients by split and class, instead of ``patients`` and ``prevalence``:
+    ``{train: {NV: 28, VASC: 1}, test: {NV: 25, VASC: 25}}``. Each has one image; classes left out have none."""
+
+    @model_validator(mode="after")
+    def _counts_or_shares(self) -> PhantomSite:
+        if self.counts and self.prevalence:
+            raise ValueError("counts are exact numbers; leave prevalence out, or counts")
+        return self
 
 
 class PhantomSettings(Settings):
     """Made-up images with known truth: deterministic from a seed."""
 
-    kind: Literal["chest-xray", "chest-ct", "chest-ct-volume", "skin-lesion"] = "chest-xray"
-    """What is drawn."""
+    kind: Literal["chest-xray", "chest-ct", "chest-ct-volume", "skin-lesion", "skin-diagnoses"] = "chest-xray"
+    """What is drawn. ``skin-lesion`` has three classes, ``skin-diagnoses`` the eight of ISIC 2019."""
     seed: int = 0
     """Seed of the drawing; the study's own seed does not change the images."""
     lesions: Literal["large", "varied"] = "large"
@@ -272,6 +285,12 @@ class ModelSettings(Settings):
     """Channels of the first layer of small-cnn and unet."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the network's constructor."""
+    harmonise: float = Field(0.0, ge=0, le=1)
+    """Share of each image's Fourier amplitude that is replaced by one that all sites have in common (flat images), as
+    in HarmoFL; 0: none."""
+    harmonise_window: int | None = Field(None, ge=0)
+    """harmonise: half-width of the low frequencies that are replaced; 0: the mean of each colour alone, as in HarmoFL's
+    published code; empty: all."""
     weights: str = ""
     """A safetensors file to start from, relative to ``data.root``; empty: random, from the study's seed."""
 
@@ -376,7 +395,8 @@ class ComparisonSettings(Settings):
     """Further methods that ``polyclinic run`` trains beside the study's own, for one table."""
 
     methods: list[str | dict[str, Any]] = []
-    """Names, or mappings with a name and settings, as in ``method``."""
+    """Names, or mappings with a name and settings, as in ``method``. ``set`` in a mapping changes settings of the study
+    for that method alone: ``{name: fedavg, label: focal, set: {task.loss: focal}}``."""
     seeds: list[int] = []
     """Seeds that every method runs with; empty: the study's seed."""
 
@@ -500,13 +520,32 @@ def validate_study(raw: Mapping[str, Any], where: str = "study") -> Study:
     """
     from polyclinic.methods import check_combination
 
-    try:
-        study = Study.model_validate(dict(raw))
-    except ValidationError as error:
-        raise StudyError(explain(error, Study, f"{where} is not a valid study:", raw)) from None
+    study = _parsed(raw, where)
     _check_metric(study)
+    _check_synthesis_used(study)
     check_combination(study)
     return study
+
+
+def _parsed(raw: Mapping[str, Any], where: str) -> Study:
+    try:
+        return Study.model_validate(dict(raw))
+    except ValidationError as error:
+        raise StudyError(explain(error, Study, f"{where} is not a valid study:", raw)) from None
+
+
+def _check_synthesis_used(study: Study) -> None:
+    """Refuse samples that no method of the study could use."""
+    from polyclinic.methods import METHODS, method_class
+
+    if study.synthesis is None:
+        return
+    listed = [study.method.name, *(m if isinstance(m, str) else m.get("name") for m in study.compare.methods)]
+    if not any(method_class(name).exchanges for name in listed if name in METHODS):
+        raise StudyError(
+            f"synthesis: sites exchange nothing before method {study.method.name}, so nobody would train with samples. "
+            "Leave synthesis out (--set synthesis=null), or use method fedavg, fedavg-ft or per-fedavg."
+        )
 
 
 def _check_metric(study: Study) -> None:
@@ -530,10 +569,14 @@ def with_method(study: Study, method: str | Mapping[str, Any], seed: int) -> Stu
     """The same study with another method and seed and nothing to compare with.
 
     Settings that the two methods share by name (``rounds``, ``participation``) carry over unless ``method`` sets them.
+    ``set`` of a mapping overrides settings of the study for this method alone, as ``{key.path: value}``. A method
+    whose sites exchange nothing beforehand goes without the study's ``synthesis``.
     """
-    from polyclinic.methods import check_combination, params_class, parse_params
+    from polyclinic.methods import check_combination, method_class, params_class, parse_params
 
     wanted = {"name": method} if isinstance(method, str) else dict(method)
+    changes = wanted.pop("set", {})
+    study = _with_own_settings(study, changes)
     name = wanted.get("name")
     if not isinstance(name, str):
         raise StudyError(f"compare.methods: {wanted} has no name. Write {{name: fedprox, mu: 0.1}}, for instance.")
@@ -548,8 +591,35 @@ def with_method(study: Study, method: str | Mapping[str, Any], seed: int) -> Stu
     except ValueError as error:
         raise StudyError(f"compare.methods: {error}") from None
     changed = study.model_copy(update={"method": params, "seed": seed, "compare": ComparisonSettings()})
+    if study.synthesis is not None and not method_class(name).exchanges:
+        if any(str(key).split(".")[0] == "synthesis" for key in changes):
+            raise StudyError(f"compare.methods: set gives {name} a synthesis that its sites would not use. Remove it.")
+        changed = changed.model_copy(update={"synthesis": None})
     check_combination(changed)
     return changed
+
+
+OWN_SECTIONS = ("task.loss", "task.tau", "model", "training", "aggregation", "synthesis")
+"""What ``set`` of a method in a comparison may change: never the images, the classes or how a run is judged."""
+
+
+def _with_own_settings(study: Study, changes: Any) -> Study:
+    if not isinstance(changes, Mapping):
+        raise StudyError("compare.methods: set holds overrides as {key.path: value}, such as {task.loss: focal}.")
+    if not changes:
+        return study
+    raw = study.model_dump(mode="json")
+    for key, value in changes.items():
+        if not any(key == own or str(key).startswith(f"{own}.") for own in OWN_SECTIONS):
+            raise StudyError(
+                f"compare.methods: set cannot change {key!r}, for all methods of a table must see the same images and "
+                f"be judged alike. It takes {', '.join(OWN_SECTIONS)} and what is below them."
+            )
+        # The name of a backend alone changes the backend, not the weights.
+        short = key == "aggregation" and isinstance(value, str)
+        assign(raw, "aggregation.backend" if short else str(key), value, f"compare.methods, set {key}")
+    # Not as a whole study: what it is combined with is another method than the study's own.
+    return _parsed(raw, f"compare.methods, set {', '.join(map(str, changes))}")
 
 
 def study_schema() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +20,26 @@ from torch import Tensor, nn
 from polyclinic.data.augment import augment
 from polyclinic.data.dataset import SiteData
 from polyclinic.errors import SiteError
+from polyclinic.models.normalisation import running_statistics_used, statistics_kept
 from polyclinic.seeds import generator
 from polyclinic.study import TrainingSettings
+from polyclinic.synthesis.supplement import Supplement
 from polyclinic.tasks import Task
 
-Batch = tuple[Tensor, Tensor]
-"""Normalised, augmented inputs ``[B, C, *spatial]`` and targets ``[B, ...]``, on the network's device."""
+
+class Batch(NamedTuple):
+    """Images of a step, on the network's device.
+
+    Attributes:
+        inputs: Normalised, augmented ``[B, C, *spatial]``.
+        targets: ``[B, ...]``.
+        synthetic: Inputs and targets of samples that were not taken from a patient, where there are any.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    synthetic: tuple[Tensor, Tensor] | None = None
+
 
 AdjustGradients = Callable[[list[Tensor], list[Tensor]], None]
 """``adjust(parameters, gradients)`` changes gradients in place; both in the order of ``trained_parameters(model)``."""
@@ -50,20 +65,30 @@ class Step:
         self._indices: Tensor
 
     def loss(self, batch: Batch, chance: int | None = None) -> Tensor:
-        """Mean loss of a batch at the network's current values.
+        """Mean loss of a batch at the network's current values, with λ times the mean loss of its samples.
 
         Args:
             batch: The step's own, or ``another()``.
             chance: Seed of dropout for this pass, which then leaves the step's own stream as it was.
         """
-        inputs, targets = batch
-        device = inputs.device
+        device = batch.inputs.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self._mixed):
             if chance is None:
-                return self._feed.task.loss(self.model(inputs), targets)
+                return self._loss(batch)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 _seed_global(chance, device)
-                return self._feed.task.loss(self.model(inputs), targets)
+                return self._loss(batch)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        task, supplement = self._feed.task, self._feed.supplement
+        loss = task.loss(self.model(batch.inputs), batch.targets)
+        if batch.synthetic is None or supplement is None:
+            return loss
+        inputs, targets = batch.synthetic
+        # Running statistics never see a sample: they are what the model uses on patients.
+        kept = statistics_kept if supplement.own_statistics else running_statistics_used
+        with kept(self.model):
+            return loss + supplement.weight * task.loss(self.model(inputs), targets)
 
     def another(self) -> Batch:
         """A batch of other training images than the step's own, as many or as many as there are, from its own stream.
@@ -114,6 +139,7 @@ def train(
     only: Collection[str] | None = None,
     rule: StepRule = plain_step,
     adjust: AdjustGradients | None = None,
+    supplement: Supplement | None = None,
 ) -> TrainingResult:
     """Train ``model`` in place on the training images of one site.
 
@@ -129,6 +155,7 @@ def train(
         only: Names of the parameters that are trained; None: all.
         rule: How the gradients of a step come about.
         adjust: Changes the gradients before clipping and the step.
+        supplement: Samples beside the images, and styles that images are mixed with.
 
     Raises:
         SiteError: The loss is not finite; names the step and what to try.
@@ -139,7 +166,7 @@ def train(
         optimizer = _optimizer(parameters, settings, lr)
         total = torch.zeros((), dtype=torch.float64, device=device)
         images = 0
-        feed = _Feed(data, task, settings, seed)
+        feed = _Feed(data, task, settings, seed, supplement)
         step = Step(model, feed, parameters, mixed=settings.amp and device.type == "cuda")
         model.train()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -191,9 +218,13 @@ def _optimizer(parameters: list[Tensor], settings: TrainingSettings, lr: float) 
 class _Feed:
     """The batches of one call of ``train``: positions in order, and from positions to inputs and targets."""
 
-    def __init__(self, data: SiteData, task: Task, settings: TrainingSettings, seed: int) -> None:
-        self.data, self.task, self.settings, self.seed = data, task, settings, seed
+    def __init__(
+        self, data: SiteData, task: Task, settings: TrainingSettings, seed: int, supplement: Supplement | None
+    ) -> None:
+        self.data, self.settings, self.seed, self.supplement = data, settings, seed, supplement
+        self.task = _among(task, data, settings.balanced, supplement)
         self.draws = _draws(seed, "augment")
+        self._styles = generator(seed, "style")
 
     def __iter__(self) -> Iterator[Tensor]:
         order, settings = generator(self.seed, "order"), self.settings
@@ -209,9 +240,26 @@ class _Feed:
             inputs, targets = self.task.training_patches(self.data, indices, draws)
         else:
             inputs, targets = self.data.inputs(indices), self.data.targets[indices]
+        extra = self.supplement
+        if extra is not None:
+            inputs = extra.restyled(inputs, self.data.mean, self.data.std, self._styles)
         masks = targets if self.task.kind == "segmentation" else None
         inputs, masks = augment(inputs, masks, self.settings.augment, draws)
         targets = targets if masks is None else masks
+        batch = Batch(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+        return batch if extra is None else batch._replace(synthetic=self._samples(extra, len(indices), device))
+
+    @cached_property
+    def _sampling(self) -> tuple[np.random.Generator, torch.Generator]:
+        return generator(self.seed, "samples"), _draws(self.seed, "augment samples")
+
+    def _samples(self, extra: Supplement, real: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Samples that go with so many real images, augmented as those are."""
+        if not extra.active:
+            return None
+        rng, draws = self._sampling
+        inputs, targets = extra.batch(real, self.data.mean, self.data.std, rng)
+        inputs, _ = augment(inputs, None, self.settings.augment, draws)
         return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
     @cached_property
@@ -222,6 +270,17 @@ class _Feed:
         rng, draws = self._others
         other = other_batch(self.data, indices, rng, self.settings.balanced)
         return self.prepared(other, draws, device)
+
+
+def _among(task: Task, data: SiteData, balanced: bool, supplement: Supplement | None) -> Task:
+    """The task, knowing how often this training shows each class: images as they are drawn, and samples with them."""
+    if task.kind != "multi-class":
+        return task
+    counts = torch.bincount(data.labels("train"), minlength=len(task.classes)).double()
+    if balanced:
+        held = counts > 0
+        counts = held * counts.sum() / held.sum().clamp(min=1)
+    return task.among(counts if supplement is None else supplement.mixture(counts))
 
 
 def other_batch(data: SiteData, indices: Tensor, rng: np.random.Generator, balanced: bool = False) -> Tensor:

@@ -100,11 +100,20 @@ def override(raw: dict[str, Any], setting: str) -> None:
     key, found, text = setting.partition("=")
     if not found or not key.strip():
         raise StudyError(f"--set {setting!r}: write key.path=value, for instance method.rounds=5.")
-    parts = key.strip().split(".")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise StudyError(f"--set {setting!r}: {text!r} is not YAML: {error}") from None
+    assign(raw, key.strip(), value, f"--set {setting!r}")
+
+
+def assign(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set ``key.path`` of raw settings in place; a list is indexed by number.
+
+    Raises:
+        StudyError: The path leads to a place that cannot be; begins with ``where``.
+    """
+    parts = key.split(".")
     target: Any = raw
     for depth, part in enumerate(parts):
         try:
@@ -115,7 +124,7 @@ def override(raw: dict[str, Any], setting: str) -> None:
                 _prepare(target, part)
             target = target[_index(target, part)]
         except (LookupError, TypeError):
-            raise StudyError(f"--set {setting!r}: there is no {'.'.join(parts[: depth + 1])} in the study.") from None
+            raise StudyError(f"{where}: there is no {'.'.join(parts[: depth + 1])} in the study.") from None
 
 
 def _prepare(target: dict[str, Any], part: str) -> None:

@@ -52,8 +52,8 @@ EVERYTHING = 1000
 SMALL_BATCH = {"per-fedavg": 3}
 """Methods that cannot take all images of a site at once."""
 
-NETWORKS = {"fedper": "toys:two_layers", "fedrep": "toys:two_layers"}
-"""Methods that leave nothing to share of a network with one layer."""
+NETWORKS = {"fedper": "toys:two_layers", "fedrep": "toys:two_layers", "fediic": "toys:two_layers"}
+"""Methods that leave nothing to share, or to contrast, of a network with one layer."""
 
 
 def toy_study(method: str | dict[str, Any], **sections: Any) -> Study:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from made_up_exchange import make_exchange_run
 from made_up_folders import CLASSES, OTHERS, make_comparison, make_run
 
 from polyclinic.report import write_report
@@ -30,8 +31,21 @@ def comparison_folder(comparison_folders: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pages(run_folders: dict[str, Path], comparison_folders: dict[str, Path]) -> dict[str, str]:
-    """The report of every folder: by kind of task for a run, ``compared`` and the kind, or ``comparison``."""
+def exchange_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with an exchange of synthetic samples."""
+    return make_exchange_run(tmp_path_factory.mktemp("exchange") / "run")
+
+
+@pytest.fixture(scope="session")
+def exchange_page(exchange_folder: Path) -> str:
+    """Its report."""
+    return write_report(exchange_folder).read_text()
+
+
+@pytest.fixture(scope="session")
+def pages(run_folders: dict[str, Path], comparison_folders: dict[str, Path], exchange_page: str) -> dict[str, str]:
+    """The report of every folder: by kind of task for a run, ``compared`` and the kind, or by name."""
     compared = {f"compared {kind}": comparison_folders[kind] for kind in OTHERS}
     folders = {**run_folders, **compared, "comparison": comparison_folders["multi-class"]}
-    return {kind: write_report(folder).read_text() for kind, folder in folders.items()}
+    written = {kind: write_report(folder).read_text() for kind, folder in folders.items()}
+    return {**written, "exchange": exchange_page}

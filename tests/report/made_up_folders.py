@@ -35,9 +35,10 @@ SETTINGS = EvaluationSettings(bootstrap=100)
 
 
 def make_run(folder: Path, kind: str = "multi-class", method: str = "fedavg", seed: int = 0, **options: Any) -> Path:
-    """Write a run folder; ``options``: ``sites``, ``lift`` (how good), ``one_class`` (site), ``rounds``."""
+    """Write a run folder; ``options``: ``sites``, ``classes``, ``lift`` (how good), ``one_class`` (site),
+    ``rounds``."""
     sites, rounds = options.get("sites", SITES), options.get("rounds", 6)
-    task = TaskSettings(kind="multi-class" if kind == "binary" else kind, classes=CLASSES[kind])
+    task = TaskSettings(kind="multi-class" if kind == "binary" else kind, classes=options.get("classes", CLASSES[kind]))
     rng = np.random.default_rng([seed, *method.encode()])
     folder.mkdir(parents=True)
     results = {}

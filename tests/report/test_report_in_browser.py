@@ -74,7 +74,9 @@ def brightness(color: str) -> float:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (400, False), (400, True)])
-@pytest.mark.parametrize("kind", ["multi-class", "multi-label", "segmentation", "comparison", "compared segmentation"])
+@pytest.mark.parametrize(
+    "kind", ["multi-class", "multi-label", "segmentation", "exchange", "comparison", "compared segmentation"]
+)
 def test_report_opens_without_error_or_overflow(
     pages: dict[str, str], tmp_path: Path, kind: str, width: int, dark: bool
 ) -> None:

@@ -50,7 +50,7 @@ class Page(HTMLParser):
             assert self.open.pop()[0] == tag
 
 
-@pytest.mark.parametrize("kind", [*CLASSES, "comparison", *(f"compared {kind}" for kind in OTHERS)])
+@pytest.mark.parametrize("kind", [*CLASSES, "exchange", "comparison", *(f"compared {kind}" for kind in OTHERS)])
 def test_nothing_is_fetched_and_ids_are_distinct(pages: dict[str, str], kind: str) -> None:
     page = Page(pages[kind])
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", re.sub(r'"data:[^"]*"', "", pages[kind]))

@@ -202,12 +202,18 @@ def at_few_false_positives(members: Values, others: Values) -> tuple[Share, Shar
 
 def share(count: int, of: int) -> Share:
     """``count`` of ``of`` with its exact interval."""
+    low, high = exact_interval(count, of)
+    return Share(count, of, count / of, low, high)
+
+
+def exact_interval(count: float, of: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Interval of Clopper and Pearson for a share; effective numbers need not be whole."""
     from scipy.stats import beta
 
-    tail = (1 - CONFIDENCE) / 2
-    low = float(beta.ppf(tail, count, of - count + 1)) if count else 0.0
+    tail = (1 - confidence) / 2
+    low = float(beta.ppf(tail, count, of - count + 1)) if count > 0 else 0.0
     high = float(beta.ppf(1 - tail, count + 1, of - count)) if count < of else 1.0
-    return Share(count, of, count / of, low, high)
+    return low, high
 
 
 @torch.inference_mode()

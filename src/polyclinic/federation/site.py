@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from polyclinic.data.dataset import SiteData
     from polyclinic.secure.identity import Credentials
     from polyclinic.secure.session import Party
+    from polyclinic.synthesis.shelf import Shelf
     from polyclinic.tasks import Task
 
 
@@ -71,6 +72,10 @@ class Workbench:
         """The start weights, made anew when first asked for."""
         return snapshot(shared_tensors(self._build().to(self.device), self.tensors))
 
+    def restart(self) -> None:
+        """Put the start weights into the network."""
+        load_tensors(self.model, self.initial)
+
 
 class Site:
     """One hospital in an op: what handlers get as their first argument.
@@ -84,6 +89,7 @@ class Site:
         folder: Where it writes predictions.
         round: The round of the current op.
         party: Its side of secure sums, where the study asks for them.
+        shelf: What it took from the exchange of samples, where there was one.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class Site:
         ops: Mapping[str, Op],
         folder: Path,
         credentials: Credentials | None = None,
+        exchanged: Path | None = None,
     ) -> None:
         self.name, self.study, self.data, self.task = name, study, data, task
         self.state = SiteState(folder / "state" / name, workbench.device)
@@ -105,6 +112,7 @@ class Site:
         self._bench = workbench
         self._ops = ops
         self._credentials = credentials
+        self._exchanged = None if exchanged is None else SiteState(exchanged / "state" / name, workbench.device)
 
     @cached_property
     def party(self) -> Party:
@@ -163,6 +171,13 @@ class Site:
             return 1.0
         return float(self.images if kind == "images" else len(set(self.data.patients("train"))))
 
+    @cached_property
+    def shelf(self) -> Shelf | None:
+        """What this site took from the exchange of samples; None where there was none, or it missed it."""
+        from polyclinic.synthesis.shelf import Shelf
+
+        return None if self._exchanged is None else Shelf.load(self._exchanged)
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors into the workbench network; the others keep their values."""
         load_tensors(self.model, tensors)
@@ -185,6 +200,7 @@ class Site:
         only: Collection[str] | None = None,
         rule: StepRule = plain_step,
         adjust: AdjustGradients | None = None,
+        samples: bool = True,
     ) -> TrainingResult:
         """Train the workbench network on this site's training images, by default as the study says.
 
@@ -197,6 +213,7 @@ class Site:
             only: Names of the parameters that are trained; None: all.
             rule: How the gradients of a step come about.
             adjust: Changes the gradients before each step.
+            samples: Use what the site took from the exchange of samples, if anything; else its own images alone.
         """
         settings = self.study.training
         if epochs is not None or steps is not None:
@@ -205,8 +222,18 @@ class Site:
             settings = settings.model_copy(update={"optimizer": optimizer, "momentum": 0.0})
         rate = learning_rate(self.study.training, self.round, self.study.method.rounds) if lr is None else lr
         seed = derive_seed(self.study.seed, self.name, self.round, purpose)
+        extra = self.shelf.supplement(self.study, self.round) if samples and self.shelf else None
         return train(
-            self.model, self.data, self.task, settings, lr=rate, seed=seed, only=only, rule=rule, adjust=adjust
+            self.model,
+            self.data,
+            self.task,
+            settings,
+            lr=rate,
+            seed=seed,
+            only=only,
+            rule=rule,
+            adjust=adjust,
+            supplement=extra,
         )
 
 

@@ -26,6 +26,9 @@ METHODS: dict[str, str] = {
     "fedrep": "polyclinic.methods.fedrep:FedRep",
     "apfl": "polyclinic.methods.apfl:APFL",
     "pfedme": "polyclinic.methods.pfedme:PFedMe",
+    "fedssg": "polyclinic.methods.fedssg:FedSSG",
+    "fediic": "polyclinic.methods.fediic:FedIIC",
+    "creff": "polyclinic.methods.creff:CReFF",
     "data-vectors": "polyclinic.methods.data_vectors:DataVectors",
 }
 
@@ -65,8 +68,14 @@ def parse_params(value: Any) -> MethodParams:
 
 
 def make_method(study: Study) -> Method:
-    """The method that the study names, with its settings."""
-    return method_class(study.method.name)(study)
+    """The method that the study names, with its settings; its ``study`` is the one to run, with all left open filled in."""
+    found = method_class(study.method.name)
+    method = found(found.adapted(study))
+    if method.study.synthesis is None or method.study.synthesis.of_kind("features") is None:
+        return method
+    from polyclinic.synthesis.composed import WithFeatureGaussians
+
+    return WithFeatureGaussians(method)
 
 
 def check_combination(study: Study) -> None:
@@ -76,8 +85,12 @@ def check_combination(study: Study) -> None:
         StudyError: With the reason and the nearest combination that works.
     """
     from polyclinic.models.registry import seen_size
+    from polyclinic.synthesis.checks import check_synthesis
     from polyclinic.tasks import check_task
 
-    check_task(study.task, study.training)
-    seen_size(study.data.image, study.training.patch)
-    method_class(study.method.name).check(study)
+    found = method_class(study.method.name)
+    found.check(study)
+    adapted = found.adapted(study)
+    check_task(adapted.task, adapted.training)
+    seen_size(adapted.data.image, adapted.training.patch)
+    check_synthesis(adapted, found)

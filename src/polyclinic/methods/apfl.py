@@ -60,6 +60,7 @@ class APFL(Method):
     title = "mixtures of an own and the global model"
     reference = "Deng et al. 2020, arXiv 2003.13461"
     personal = True
+    starts_global = False
 
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
         """As in fedavg: own models never leave."""

@@ -56,6 +56,10 @@ class Method(ABC):
     """What a study must have for this method, for listings; ``check`` enforces it."""
     simulation_only: ClassVar[bool] = False
     """True where the server script needs what no federation gives."""
+    exchanges: ClassVar[bool] = True
+    """Whether sites can exchange samples before the first round (``synthesis``)."""
+    starts_global: ClassVar[bool] = True
+    """Whether what a site deploys starts from the server's model, its last layer included."""
     personal: bool = False
     """True where sites deploy models of their own, which they then keep themselves."""
 
@@ -66,6 +70,11 @@ class Method(ABC):
     @classmethod  # noqa: B027 - most methods take every study
     def check(cls, study: Study) -> None:
         """Raise StudyError for settings that cannot work with this method."""
+
+    @classmethod
+    def adapted(cls, study: Study) -> Study:
+        """The study as this method runs it: what the study leaves open is filled in."""
+        return study if cls.exchanges else study.model_copy(update={"synthesis": None})
 
     @classmethod
     def controls(cls, params: MethodParams) -> list[dict[str, Any]]:

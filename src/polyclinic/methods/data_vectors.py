@@ -60,6 +60,7 @@ class DataVectors(Method):
     Params = DataVectorsParams
     title = "one vector per site, merged once"
     reference = "Tian et al. 2024, arXiv 2408.13038"
+    exchanges = False
 
     def __init__(self, study: Study) -> None:
         super().__init__(study)

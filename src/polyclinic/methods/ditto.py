@@ -39,6 +39,7 @@ class Ditto(Method):
     title = "personal models near the global one"
     reference = "Li et al., ICML 2021, arXiv 2012.04221"
     personal = True
+    starts_global = False
 
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
         """As in fedavg: personal models never leave."""

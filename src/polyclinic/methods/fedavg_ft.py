@@ -75,4 +75,5 @@ def fine_tune(site: Site, settings: FineTuning, rule: StepRule = plain_step) -> 
             optimizer=settings.optimizer,
             lr=settings.lr,
             rule=rule,
+            samples=False,  # a personal model is fitted to the site's patients
         )

@@ -41,6 +41,7 @@ class FedPer(Method):
     title = "averaging all but the last layer"
     reference = "Arivazhagan et al. 2019, arXiv 1912.00818"
     personal = True
+    starts_global = False
 
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
         """As in fedavg, on the body."""

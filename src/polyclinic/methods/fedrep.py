@@ -55,6 +55,7 @@ class FedRep(Method):
     title = "averaging all but the last layer, which is trained first"
     reference = "Collins et al., ICML 2021, arXiv 2102.07078"
     personal = True
+    starts_global = False
 
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
         """As in fedavg, on the body."""

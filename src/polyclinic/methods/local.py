@@ -25,7 +25,9 @@ class Local(Method):
     Params = LocalParams
     title = "each site alone"
     reference = "baseline"
+    exchanges = False
     personal = True
+    starts_global = False
 
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
         """Tell the sites to train on."""

@@ -64,6 +64,7 @@ class PFedMe(Method):
     reference = "Dinh et al., NeurIPS 2020, arXiv 2006.08848"
     needs = "inner_lr × strength below 2"
     personal = True
+    starts_global = False
 
     @classmethod
     def check(cls, study: Study) -> None:

@@ -34,6 +34,7 @@ class Pooled(Method):
     Params = PooledParams
     title = "all images in one place (upper bound)"
     reference = "baseline"
+    exchanges = False
     needs = "model.norm other than batch-local"
     simulation_only = True
 

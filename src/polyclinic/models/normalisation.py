@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from polyclinic.errors import StudyError
+from polyclinic.models.amplitude_norm import amplitude_norms
 
 MAX_GROUPS = 8
 _NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -82,10 +83,41 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
     for module in tracking:
         module.track_running_stats = False
     try:
-        yield
+        with _amplitudes_kept(model):
+            yield
     finally:
         for module in tracking:
             module.track_running_stats = True
+
+
+@contextmanager
+def running_statistics_used(model: nn.Module) -> Iterator[None]:
+    """Inside, layers that keep running statistics normalise by these, and they do not move; the rest trains."""
+    # Not by track_running_stats: inside statistics_kept that is off.
+    keeping = [
+        m for m in model.modules() if isinstance(m, _NORM_TYPES[0]) and m.running_mean is not None and m.training
+    ]
+    for module in keeping:
+        module.training = False
+    try:
+        with _amplitudes_kept(model):
+            yield
+    finally:
+        for module in keeping:
+            module.training = True
+
+
+@contextmanager
+def _amplitudes_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, no batch sets the common amplitude of ``model.harmonise``."""
+    moving = [norm for norm in amplitude_norms(model) if norm.moving]
+    for norm in moving:
+        norm.moving = False
+    try:
+        yield
+    finally:
+        for norm in moving:
+            norm.moving = True
 
 
 def shared_names(model: nn.Module, policy: str) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from polyclinic.errors import RunError, StudyError
+from polyclinic.models.amplitude_norm import BUFFER, AmplitudeNorm, amplitude_norms, harmonise
 from polyclinic.models.catalog import NETWORKS, Network, find_network
 from polyclinic.models.construct import construct, find_builder
 from polyclinic.models.normalisation import check_policy, running_statistics
@@ -59,6 +60,9 @@ def build_model(
         torch.default_generator.manual_seed(seed)
         model = _construct(settings, task, image)
         check_policy(model, settings.norm)
+        if settings.harmonise:
+            norm = AmplitudeNorm(settings.harmonise, settings.harmonise_window, mean=image.mean, std=image.std)
+            harmonise(model, norm, [image.channels, *seen])
         _check_output(model, settings.name, task, [image.channels, *seen])
     if weights_path is not None:
         _load_weights(model, weights_path, settings.norm)
@@ -194,6 +198,8 @@ def _load_weights(model: nn.Module, path: Path, policy: str) -> None:
         optional.update(head)
     if policy == "batch-local":
         optional.update(running_statistics(model))
+    if amplitude_norms(model):
+        optional.add(BUFFER)
     missing = [name for name in wanted if name not in tensors and name not in optional]
     unknown = [name for name in tensors if name not in wanted]
     if missing or unknown:

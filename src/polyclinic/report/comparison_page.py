@@ -12,6 +12,7 @@ from polyclinic.report.figures import ACCENT, GRID, INK, MUTED, PAPER, Key, Pane
 from polyclinic.report.folder import Comparison, Json
 from polyclinic.report.pictures import example_cards, side_by_side
 from polyclinic.report.run_page import facts, headline_rows, method_settings
+from polyclinic.report.synthesis_costs import exchange_effort
 
 
 def comparison_context(comparison: Comparison) -> dict[str, Any]:
@@ -176,13 +177,14 @@ def _examples(comparison: Comparison) -> dict[str, list[Json]]:
 def _effort(method: str, runs: list[Any]) -> Json:
     records = [record for run in runs for record in run.rounds]
     moved = [part for record in records for part in record.get("bytes", {}).values()]
+    before = [exchange_effort(run) for run in runs]
     return {
         "method": method,
         "rounds": len(records) / len(runs),
         "chosen": ", ".join(str(run.metrics.get("chosen_round", "–")) for run in runs),
-        "up": sum(part.get("up", 0) for part in moved) / len(runs),
-        "down": sum(part.get("down", 0) for part in moved) / len(runs),
-        "seconds": sum(record.get("seconds") or 0 for record in records) / len(runs),
+        "up": sum(part.get("up", 0) for part in [*moved, *before]) / len(runs),
+        "down": sum(part.get("down", 0) for part in [*moved, *before]) / len(runs),
+        "seconds": sum(record.get("seconds") or 0 for record in [*records, *before]) / len(runs),
         "reports": [(run.metrics["seed"], f"runs/{run.folder.name}/report.html") for run in runs],
     }
 

@@ -138,7 +138,10 @@ def traffic_panels(run: Run) -> list[Panel]:
 
 
 def traffic_table(run: Run) -> list[Json]:
-    """Bytes by op over all rounds (and the final test, where the run counted it), with the mean per round."""
+    """Bytes by op over all rounds, and over exchange and final test where the run counted them.
+
+    ``rounds`` is 0 for what was in none; ``before`` says whether it came in an exchange of samples before the first.
+    """
     totals: dict[str, Json] = {}
     for record in run.rounds:
         for op, part in record.get("bytes", {}).items():
@@ -149,7 +152,8 @@ def traffic_table(run: Run) -> list[Json]:
     for op, part in run.metrics.get("bytes", {}).items():
         if isinstance(part, dict) and op not in totals:
             totals[op] = {"op": op, "up": part.get("up", 0), "down": part.get("down", 0), "rounds": 0}
-    return list(totals.values())
+    before = run.synthesis.get("bytes", {})
+    return [{**row, "before": row["op"] in before} for row in totals.values()]
 
 
 def site_effort(run: Run) -> list[Json]:

@@ -31,6 +31,10 @@ class Run:
     """By site."""
     examples: dict[str, dict[str, np.ndarray]]
     """By site; empty where the study keeps images out of the folder."""
+    synthesis: Json
+    """What an exchange of synthetic samples did; empty where there was none."""
+    samples: dict[str, np.ndarray]
+    """Some of the released samples; empty as ``examples``."""
 
     @classmethod
     def read(cls, folder: Path, details: bool = True) -> Run:
@@ -48,7 +52,8 @@ class Run:
             pictures = path.with_suffix(".examples.npz")
             if pictures.is_file():
                 examples[site] = _read_arrays(pictures)
-        privacy = folder / "privacy.json"
+        privacy, synthesis = folder / "privacy.json", folder / "synthesis.json"
+        samples = folder / "synthesis" / "examples.npz"
         return cls(
             folder=folder,
             study=read_yaml(folder / "study.yaml"),
@@ -58,6 +63,8 @@ class Run:
             privacy=read_json(privacy) if privacy.is_file() else {},
             predictions=predictions,
             examples=examples,
+            synthesis=read_json(synthesis) if synthesis.is_file() else {},
+            samples=_read_arrays(samples) if details and samples.is_file() else {},
         )
 
     @property

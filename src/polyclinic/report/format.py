@@ -86,6 +86,11 @@ def thresholds(sites: Mapping[str, Mapping[str, Any]]) -> str:
     return ", ".join(f"{value} at {site}" for site, value in found.items())
 
 
+def breakable(name: str) -> str:
+    """A name that may go on in the next line after an underscore (by a zero-width space)."""
+    return name.replace("_", "_\u200b")
+
+
 def _decimals(metric: str) -> int:
     return 2 if is_distance(metric) else 3
 
@@ -100,4 +105,5 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "direction": direction,
     "metric_label": metric_label,
     "unit": unit,
+    "breakable": breakable,
 }

@@ -34,8 +34,7 @@ def example_cards(examples: dict[str, np.ndarray], classes: Sequence[str], kind:
         raise RunError(f"examples of site {site!r} lack {', '.join(sorted(missing))}: was the file cut off?")
     cards = []
     for i, image in enumerate(examples["images"]):
-        height, width = image.shape[-2:]
-        card: Json = {"picture": _data_uri(image), "width": width, "height": height, "target": "", "outlines": []}
+        card = {**picture_card(image), "target": ""}
         target, predicted = examples["targets"][i], examples["predictions"][i]
         if kind == "segmentation":
             for k, name in enumerate(classes[1:], start=1):
@@ -46,6 +45,12 @@ def example_cards(examples: dict[str, np.ndarray], classes: Sequence[str], kind:
             card |= _labels(target, predicted, examples["probabilities"][i], classes)
         cards.append(card)
     return cards
+
+
+def picture_card(image: np.ndarray) -> Json:
+    """``picture`` (data URI), ``width``, ``height`` and no ``outlines`` of an image, uint8 ``[C, H, W]``."""
+    height, width = image.shape[-2:]
+    return {"picture": _data_uri(image), "width": width, "height": height, "outlines": []}
 
 
 def side_by_side(cards: Mapping[str, Sequence[Json]], site: str) -> list[Json]:

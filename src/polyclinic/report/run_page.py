@@ -9,13 +9,16 @@ from polyclinic.report.chapters import chapters
 from polyclinic.report.curves import site_effort, traffic_panels, traffic_table
 from polyclinic.report.figures import Key
 from polyclinic.report.folder import Json, Run
+from polyclinic.report.gallery import example_id
 from polyclinic.report.pictures import example_cards
+from polyclinic.report.synthesis_chapter import synthesis_chapter
 
 
 def run_context(run: Run) -> dict[str, Any]:
     """Everything ``run.html`` needs."""
     metrics = run.metrics
     kind, classes = metrics["task"], metrics["classes"]
+    examples = {site: _cards(run, site) for site, arrays in run.examples.items() if len(arrays["images"])}
     method = ", ".join([metrics["method"], method_settings(run.study["method"])]).removesuffix(", ")
     return {
         "title": f"{metrics['study']}: {metrics['method']}",
@@ -29,7 +32,8 @@ def run_context(run: Run) -> dict[str, Any]:
         "label_rows": label_rows(metrics),
         "chapters": chapters(run),
         "op_keys": Key.of([row["op"] for row in traffic_table(run) if row["rounds"]]),
-        "examples": {s: example_cards(e, classes, kind, s) for s, e in run.examples.items() if len(e["images"])},
+        "examples": examples,
+        "synthesis": synthesis_chapter(run, examples),
         "traffic": traffic_panels(run),
         "traffic_rows": traffic_table(run),
         "effort_rows": site_effort(run),
@@ -37,6 +41,12 @@ def run_context(run: Run) -> dict[str, Any]:
         "confidence": run.study["evaluation"]["confidence"],
         "bootstrap": run.study["evaluation"]["bootstrap"],
     }
+
+
+def _cards(run: Run, site: str) -> list[Json]:
+    """Cards of a site's examples; those that the gallery of samples shows again have an id."""
+    cards = example_cards(run.examples[site], run.metrics["classes"], run.metrics["task"], site)
+    return [{**card, "id": example_id(site, n) if run.samples else ""} for n, card in enumerate(cards, start=1)]
 
 
 def facts(study: Json) -> dict[str, str]:

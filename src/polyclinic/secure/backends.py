@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from polyclinic.errors import StudyError
 from polyclinic.secure.sum import PlainSum, SecureSum
 
 if TYPE_CHECKING:
     from polyclinic.federation.site import Op
-    from polyclinic.methods.base import Method
     from polyclinic.secure.hidden import SumProtocol
     from polyclinic.secure.identity import Credentials, Roster
     from polyclinic.study import FederationSettings, Study
+
+
+class Summing(Protocol):
+    """What asks for sums over sites: a method, or the exchange of samples before it."""
+
+    simulation_only: ClassVar[bool]
+
+    def ops(self) -> dict[str, Op]:
+        """What sites do, with all that leaves them."""
 
 
 class Aggregation:
@@ -23,7 +31,7 @@ class Aggregation:
 
     Args:
         study: The study.
-        method: Its method. One that sums nothing (``local``) or over one pretended site (``pooled``) stays plain.
+        method: Its method, or its exchange. One that sums nothing (``local``) or over one pretended site (``pooled``) stays plain.
         sites: Names of the sites.
 
     Attributes:
@@ -39,7 +47,7 @@ class Aggregation:
             backend's library is.
     """
 
-    def __init__(self, study: Study, method: Method, sites: Sequence[str]) -> None:
+    def __init__(self, study: Study, method: Summing, sites: Sequence[str]) -> None:
         self.ops: Mapping[str, Op] = method.ops()
         self.sums: SecureSum = PlainSum()
         self.credentials: Mapping[str, Credentials] = {}
@@ -96,14 +104,14 @@ def _loaded(keys: Path, roster: Path, sites: tuple[str, ...]) -> Mapping[str, Cr
     return {site: load_credentials(site, keys, roster, ask_passphrase(key_path(keys, site))) for site in sites}
 
 
-def _summed(method: Method) -> list[str]:
+def _summed(method: Summing) -> list[str]:
     """Groups of arrays that several sites sum in this method."""
     if method.simulation_only:
         return []
     return sorted({leaf.name for op in method.ops().values() for leaf in op.leaves if leaf.kind == "sum"})
 
 
-def check_cohort(study: Study, method: Method, sites: int) -> None:
+def check_cohort(study: Study, method: Summing, sites: int) -> None:
     """Raise StudyError where a round has fewer sites than a secure sum can hide, or more than it can add."""
     backend = study.aggregation.backend
     if backend == "plain" or not _summed(method):

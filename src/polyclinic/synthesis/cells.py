@@ -58,9 +58,10 @@ def device_name(data: SiteData, position: int) -> str:
     return data.cases[position].device or data.site
 
 
-def own_devices(data: SiteData) -> list[str]:
-    """The devices of the training images, sorted."""
-    return sorted({device_name(data, i) for i in data.splits["train"].tolist()})
+def own_devices(data: SiteData, floor: int) -> list[str]:
+    """The devices that have a class with at least ``floor`` training patients, sorted."""
+    every = tuple(sorted({device_name(data, i) for i in data.splits["train"].tolist()}))
+    return [every[k] for k in sorted(set(own_images(data, every, floor).devices.tolist()))]
 
 
 def own_images(data: SiteData, devices: tuple[str, ...], floor: int) -> OwnImages:
@@ -68,17 +69,16 @@ def own_images(data: SiteData, devices: tuple[str, ...], floor: int) -> OwnImage
 
     Args:
         data: The site's images, one class each.
-        devices: All devices of the study.
+        devices: All devices of the study; images of others are left out.
         floor: Fewest patients.
     """
     place = {name: k for k, name in enumerate(devices)}
     entries = [
         (i, int(data.targets[i]), place[device_name(data, i)], data.cases[i].patient)
         for i in data.splits["train"].tolist()
+        if device_name(data, i) in place
     ]
-    patients: Counter[tuple[int, int]] = Counter({(c, d) for _, c, d, _ in entries})
-    for cell in patients:
-        patients[cell] = len({who for _, c, d, who in entries if (c, d) == cell})
+    patients = Counter((c, d) for c, d, _ in {(c, d, who) for _, c, d, who in entries})
     kept = [entry for entry in entries if patients[entry[1], entry[2]] >= floor]
     columns = [torch.tensor([entry[k] for entry in kept], dtype=torch.int64) for k in range(3)]
     return OwnImages(columns[0], columns[1], columns[2], [who for *_, who in kept])

@@ -111,12 +111,17 @@ class GateSettings(Settings):
     membership_auc: float = Field(0.55, ge=0.5, le=1)
     """AUC of telling training from held-out patients by their distance to the candidates: at most this."""
     membership_tpr: float = Field(0.03, ge=0, le=1)
-    """Patients found at 1% false accusations: at most this share, where there are held-out patients enough."""
+    """Patients found at 1% false accusations: at most this share. With fewer than 100 held-out patients one of them may
+    be accused, and the limit is as many times that share."""
     copy_quantile: float = Field(0.999, gt=0.5, lt=1)
-    """A candidate is a copy if it is nearer to a training image than this share of pairs of different patients are
-    apart: 0.999 is the nearest thousandth of pairs."""
+    """A candidate is a copy if it is nearer to a training image than this share of training images are to the nearest
+    image of another patient, as it is or relative to the second-nearest patient."""
+    confidence: float = Field(0.99, gt=0.5, lt=1)
+    """A line counts as crossed where a generator that knows nobody would cross it so far in at most half of what is
+    missing to 1: 0.99 is one case in 200. Few held-out patients then block by chance no more often than many."""
     holdout: int = Field(5, ge=2)
-    """Held-out patients that a class or device needs to be judged on its own; with fewer it is judged with all."""
+    """Patients, in training and held out, that a class or device needs to be judged by itself; with fewer it is judged
+    within all. Without so many in all, a site lets nothing of its classes go."""
 
 
 class ShareSettings(Settings):

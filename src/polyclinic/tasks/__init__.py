@@ -6,7 +6,10 @@ from polyclinic.errors import StudyError
 from polyclinic.study import TaskSettings, TrainingSettings
 from polyclinic.tasks.base import Task
 
-__all__ = ["Task", "check_task", "make_task"]
+__all__ = ["PRIOR_LOSSES", "Task", "check_task", "make_task"]
+
+PRIOR_LOSSES = ("logit-adjusted", "fedlc")
+"""Losses that look at the class counts of a site's training images."""
 
 
 def make_task(settings: TaskSettings, training: TrainingSettings) -> Task:
@@ -24,8 +27,11 @@ def make_task(settings: TaskSettings, training: TrainingSettings) -> Task:
         return Segmentation(classes, settings.loss, patch, settings.window_overlap)
     from polyclinic.tasks.classification import MultiClass, MultiLabel
 
-    kind = MultiClass if settings.kind == "multi-class" else MultiLabel
-    return kind(classes, focal=settings.loss == "focal")
+    focal = settings.loss == "focal"
+    if settings.kind == "multi-label":
+        return MultiLabel(classes, focal=focal)
+    prior = settings.loss if settings.loss in PRIOR_LOSSES else ""
+    return MultiClass(classes, focal=focal, prior=prior, tau=settings.tau)  # type: ignore[arg-type]
 
 
 def check_task(settings: TaskSettings, training: TrainingSettings) -> None:
@@ -40,6 +46,10 @@ def check_task(settings: TaskSettings, training: TrainingSettings) -> None:
         raise StudyError(f"task.classes: {kind} needs at least two classes, got {settings.classes}; add one, {extra}.")
     if kind != "segmentation" and settings.loss == "dice-ce":
         raise StudyError(f"task.loss: dice-ce compares masks, but task.kind is {kind!r}. Use cross-entropy or focal.")
+    if kind != "multi-class" and settings.loss in PRIOR_LOSSES:
+        raise StudyError(
+            f"task.loss: {settings.loss} shifts the classes of a softmax, but task.kind is {kind!r}. Use focal."
+        )
     if kind != "segmentation" and training.patch is not None:
         raise StudyError(f"training.patch is for segmentation, but task.kind is {kind!r}. Remove it.")
     if settings.threshold != 0.5 and (kind != "segmentation" or len(settings.classes) > 2):

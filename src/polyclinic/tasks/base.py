@@ -29,6 +29,13 @@ class Task(Protocol):
                 (segmentation).
         """
 
+    def among(self, counts: Tensor) -> Task:
+        """The task as a training set with these class counts sees it; only some losses look at them.
+
+        Args:
+            counts: Images per class as training sees them, float ``[K]``.
+        """
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return float32 probabilities, same shape as ``logits``."""
 

@@ -42,6 +42,10 @@ class Segmentation:
 
         return DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
 
+    def among(self, counts: Tensor) -> Segmentation:
+        """The same: no loss of this task looks at class counts."""
+        return self
+
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss; ``logits`` [B, K, *spatial], ``targets`` uint8 class index [B, *spatial].
 

@@ -25,7 +25,8 @@ from polyclinic.data.phantoms.devices import scan
 from polyclinic.errors import DataError, StudyError
 from polyclinic.study import PhantomSettings, PhantomSite, TaskSettings
 
-SIZES = {"chest-xray": [32, 40], "chest-ct": [32, 32], "chest-ct-volume": [6, 32, 32], "skin-lesion": [32, 32]}
+SIZES = {"chest-xray": [32, 40], "chest-ct": [32, 32], "chest-ct-volume": [6, 32, 32]}
+SIZES |= {"skin-lesion": [32, 32], "skin-diagnoses": [24, 24]}
 KINDS = sorted(SIZES)
 GOLDEN_STREAM = [606, 969, 419, 821]
 GOLDEN_MEAN = 133.232
@@ -200,7 +201,7 @@ def test_shapes_ranges_and_masks(kind: str, seed: int, patient: int, finding: in
     label = CLASSES[kind][finding % len(CLASSES[kind])]
     size = list(sizes[-len(SIZES[kind]) :])
     pixels, mask = phantom_picture(phantom(kind, seed), case(label, patient=patient), size)
-    channels = 3 if kind == "skin-lesion" else 1
+    channels = 3 if kind.startswith("skin-") else 1
     assert pixels.shape == (channels, *size)
     assert mask.shape == tuple(size)
     assert mask.dtype == np.uint8
@@ -321,6 +322,7 @@ def test_a_wrong_site_is_refused(site: dict[str, object], message: str) -> None:
         ("chest-xray", TaskSettings(classes=["normal"]), "at least two"),
         ("chest-xray", TaskSettings(kind="multi-label", classes=["normal"]), "no multi-label class 'normal'"),
         ("skin-lesion", TaskSettings(kind="multi-label", classes=["nevus"]), "exactly one class"),
+        ("skin-diagnoses", TaskSettings(kind="multi-label", classes=["NV"]), "exactly one class"),
         (
             "chest-ct",
             TaskSettings(kind="segmentation", classes=["lesion"]),

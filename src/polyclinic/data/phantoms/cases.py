@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
-from polyclinic.data.manifest import Case
-from polyclinic.data.phantoms import chest_ct, chest_xray, skin_lesion
+from polyclinic.data.manifest import SPLITS, Case
+from polyclinic.data.phantoms import chest_ct, chest_xray, skin_diagnoses, skin_lesion
 from polyclinic.data.phantoms.canvas import stream
 from polyclinic.data.phantoms.devices import DEVICES
 from polyclinic.errors import StudyError, nearest
@@ -18,6 +19,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "chest-ct": chest_ct.CLASSES,
     "chest-ct-volume": chest_ct.CLASSES,
     "skin-lesion": skin_lesion.CLASSES,
+    "skin-diagnoses": skin_diagnoses.CLASSES,
 }
 """The classes of each kind; for the chest the first one is the absence of the others."""
 
@@ -26,6 +28,8 @@ MASK_CLASSES = ("background", "lesion")
 
 _GOLDEN = 0.6180339887498949
 _ANOTHER_FINDING = 0.25
+_COUNTED = 10_000
+"""Numbers of patients that each split and class of exact counts has for itself."""
 
 
 def phantom_cases(settings: PhantomSettings, task: TaskSettings) -> list[Case]:
@@ -33,7 +37,8 @@ def phantom_cases(settings: PhantomSettings, task: TaskSettings) -> list[Case]:
 
     The class of a patient follows the site's prevalence by a low-discrepancy sequence, so that the counts of every
     run of patients stay within about one of their expectation. For multi-label tasks a patient with a finding has
-    each other finding with probability 0.25, and ``normal`` is an empty label.
+    each other finding with probability 0.25, and ``normal`` is an empty label. A site with exact ``counts`` has just
+    these, with their splits; a patient of a split and class looks the same whatever the other counts are.
 
     Args:
         settings: The hospitals.
@@ -60,9 +65,9 @@ def _drawn_classes(kind: str, task: TaskSettings) -> tuple[str, ...]:
                 f"Set task.classes to [{', '.join(MASK_CLASSES)}]."
             )
         return known
-    if task.kind == "multi-label" and kind == "skin-lesion":
+    if task.kind == "multi-label" and kind.startswith("skin-"):
         raise StudyError(
-            "task.kind: a skin-lesion phantom has exactly one class, so that multi-label does not fit. "
+            f"task.kind: a {kind} phantom has exactly one class, so that multi-label does not fit. "
             "Use multi-class, or a chest phantom."
         )
     offered = known if task.kind == "multi-class" else known[1:]
@@ -77,7 +82,10 @@ def _drawn_classes(kind: str, task: TaskSettings) -> tuple[str, ...]:
 
 
 def _site_cases(seed: int, site: PhantomSite, classes: tuple[str, ...], task: TaskSettings) -> Iterator[Case]:
-    devices = _devices(seed, site)
+    if site.counts:
+        yield from _counted_cases(seed, site, classes, task)
+        return
+    devices = _devices(seed, site, site.patients)
     shares = _shares(site, classes)
     offset = float(stream(seed, site.name, 0, "prevalence").random())
     for patient in range(site.patients):
@@ -90,20 +98,44 @@ def _site_cases(seed: int, site: PhantomSite, classes: tuple[str, ...], task: Ta
             sick = name != classes[0]
             label = "|".join(c for c in classes[1:] if sick and (c == name or extra[c]))
         for image in range(images):
-            reference = f"{site.name}/p{patient:04d}_{image}"
-            yield Case(
-                image=reference,
-                patient=f"{site.name}-p{patient:04d}",
-                site=site.name,
-                device=devices[patient],
-                label=label,
-                mask=f"{reference}#mask" if task.kind == "segmentation" else "",
-                source="phantom",
-                where=f"data.phantom site {site.name} patient {patient}",
-            )
+            yield _case(site.name, patient, image, devices[patient], label, task)
 
 
-def _devices(seed: int, site: PhantomSite) -> list[str]:
+def _counted_cases(seed: int, site: PhantomSite, classes: tuple[str, ...], task: TaskSettings) -> Iterator[Case]:
+    """One image of each patient that ``site.counts`` asks for."""
+    place = f"data.phantom.sites: counts of site {site.name!r}"
+    if task.kind == "multi-label":
+        raise StudyError(f"{place} give every patient one class, so that multi-label does not fit. Use prevalence.")
+    for name in dict.fromkeys(name for part in site.counts.values() for name in part):
+        if name not in classes:
+            raise StudyError(f"{place} name the unknown class {name!r}. {nearest(name, classes)}")
+    counts: Mapping[str, Mapping[str, int]] = {str(split): numbers for split, numbers in site.counts.items()}
+    wanted = [
+        (split, name, (row * len(classes) + column) * _COUNTED + number)
+        for row, (split, numbers) in enumerate((split, counts.get(split, {})) for split in SPLITS)
+        for column, name in enumerate(classes)
+        for number in range(numbers.get(name, 0))
+    ]
+    devices = _devices(seed, site, len(wanted))
+    for (split, name, patient), device in zip(wanted, devices, strict=True):
+        yield replace(_case(site.name, patient, 0, device, name, task), split=split)
+
+
+def _case(site: str, patient: int, image: int, device: str, label: str, task: TaskSettings) -> Case:
+    reference = f"{site}/p{patient:04d}_{image}"
+    return Case(
+        image=reference,
+        patient=f"{site}-p{patient:04d}",
+        site=site,
+        device=device,
+        label=label,
+        mask=f"{reference}#mask" if task.kind == "segmentation" else "",
+        source="phantom",
+        where=f"data.phantom site {site} patient {patient}",
+    )
+
+
+def _devices(seed: int, site: PhantomSite, patients: int) -> list[str]:
     """Device of every patient: the counts follow the shares, who has which is drawn."""
     shares = {site.device: 1.0} if isinstance(site.device, str) else site.device
     if not shares:
@@ -113,10 +145,10 @@ def _devices(seed: int, site: PhantomSite) -> list[str]:
             raise StudyError(
                 f"data.phantom.sites: site {site.name!r} has the unknown device {name!r}. {nearest(name, DEVICES)}"
             )
-    bounds = np.round(np.cumsum([*shares.values()]) / sum(shares.values()) * site.patients)
-    line = np.searchsorted(bounds, np.arange(site.patients), side="right")
+    bounds = np.round(np.cumsum([*shares.values()]) / sum(shares.values()) * patients)
+    line = np.searchsorted(bounds, np.arange(patients), side="right")
     names = list(shares)
-    return [names[line[place]] for place in stream(seed, site.name, 0, "devices").permutation(site.patients)]
+    return [names[line[place]] for place in stream(seed, site.name, 0, "devices").permutation(patients)]
 
 
 def _shares(site: PhantomSite, classes: tuple[str, ...]) -> dict[str, float]:

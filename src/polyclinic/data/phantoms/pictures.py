@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyclinic.data.manifest import Case
-from polyclinic.data.phantoms import chest_ct, chest_xray, skin_lesion
+from polyclinic.data.phantoms import chest_ct, chest_xray, skin_diagnoses, skin_lesion
 from polyclinic.data.phantoms.canvas import Streams, stream
 from polyclinic.data.phantoms.cases import CLASSES
 from polyclinic.data.phantoms.devices import DEVICES, Device, photograph, scan
 from polyclinic.errors import DataError, StudyError, nearest
 from polyclinic.study import PhantomSettings
 
+_PHOTOGRAPHED = {"chest-xray": chest_xray.draw, "skin-lesion": skin_lesion.draw, "skin-diagnoses": skin_diagnoses.draw}
 _REFERENCE = re.compile(r"(?P<site>[^/]+)/p(?P<patient>\d+)_(?P<image>\d+)")
 
 
@@ -42,9 +43,8 @@ def phantom_picture(
     device, findings = _device(case), _findings(settings.kind, case)
     streams = Streams.of(settings.seed, site, patient, image)
     noise = stream(settings.seed, site, patient, f"noise {image}")
-    if settings.kind in ("chest-xray", "skin-lesion"):
-        painter = chest_xray.draw if settings.kind == "chest-xray" else skin_lesion.draw
-        shades, mask = painter(streams, findings, (shape[-2], shape[-1]))
+    if settings.kind in _PHOTOGRAPHED:
+        shades, mask = _PHOTOGRAPHED[settings.kind](streams, findings, (shape[-2], shape[-1]))
         return photograph(shades, device, noise), mask
     flat = settings.kind == "chest-ct"
     drawn = chest_ct.draw(streams, findings, shape, device.thickness, varied=settings.lesions == "varied")

@@ -1,0 +1,132 @@
+"""What the FedSSG benchmark compares: methods, ablations, rounds, and the order in which cells are trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from synthesis_cells import SOURCES, Cell
+
+Changes = dict[str, Any]
+LA: Changes = {"task.loss": "logit-adjusted"}
+SSG: Changes = {**LA, "method.name": "fedssg"}
+VAE_SIZE = {"skin": 32, "phantom": 24}
+OPEN_GATE: Changes = {"dcr_ratio": 0.0, "closer": 1.0, "nndr_gap": 1.0, "membership_auc": 1.0, "membership_tpr": 1.0}
+OPEN_GATE["copy_quantile"] = 0.999999
+EARLY = {"skin": 8, "phantom": 20}
+LATE = {"skin": 25, "phantom": 80}
+ELSEWHERE = 10
+"""Rounds without one source."""
+
+
+def vae(kind: str, **other: Any) -> Changes:
+    """Settings of an autoencoder: a third of the default's passes, so that it costs no more than the classifier."""
+    return {"name": "vae", "size": VAE_SIZE[kind], "rounds": 10, "epochs": 2, **other}
+
+
+def samples(generator: Any, **other: Any) -> Changes:
+    """A fedssg with these settings of ``synthesis``."""
+    return {**SSG, "method.synthesis": {"generator": generator, **other}}
+
+
+def arms(kind: str, public: Path) -> dict[str, Changes]:
+    """Every method of the main tables, by name: what it changes of federated averaging with cross-entropy."""
+    gaussians = [{"name": "features", "devices": False}]
+    server = vae(kind, placement="server", public=str(public.resolve()))
+    return {
+        "fedavg": {},
+        "logit adjustment": LA,
+        "fedssg": SSG,
+        "amplitude mix": samples([], style=0.5),
+        "Gaussians, class": samples(gaussians, style=0.0),
+        "Gaussians, class + device": samples(["features"], style=0.0),
+        "fedssg, VAE at sites": samples([vae(kind)]),
+        "fedssg, VAE on server": samples([server]),
+        "fedssg, amplitude": samples(["amplitude"]),
+        "fedssg, VAE + features + amplitude": samples([vae(kind), "features", "amplitude"]),
+        "pooled + logit adjustment": {**LA, "method.name": "pooled"},
+        "local": {"method.name": "local"},
+        "balanced batches": {"training.balanced": True},
+        "fediic": {"method.name": "fediic"},
+        "creff": {"method.name": "creff"},
+        "fedbn": {"method.name": "fedbn"},
+        "fedprox": {"method.name": "fedprox"},
+        "focal": {"task.loss": "focal"},
+        "fedlc": {"task.loss": "fedlc"},
+        "harmonise + logit adjustment": {**LA, "model.harmonise": 1.0},
+    }
+
+
+MINOR = ("local", "balanced batches", "fedprox", "focal", "fedlc", "fedbn")
+"""Left out where time is short."""
+CUT_ARMS = ("fedavg", "logit adjustment", "fedssg", "amplitude mix", "Gaussians, class", "Gaussians, class + device")
+CUT_ARMS += ("fedssg, VAE on server", "fedssg, VAE + features + amplitude", "fediic", "pooled + logit adjustment")
+CUT_EARLY_ARMS = ("fedavg", "logit adjustment", "fedssg", "amplitude mix", "Gaussians, class + device")
+CUT_EARLY_ARMS += ("fedssg, VAE at sites",)
+ELSEWHERE_ARMS = ("fedavg", "logit adjustment", "amplitude mix", "Gaussians, class + device", "fedssg")
+ELSEWHERE_ARMS += ("harmonise + logit adjustment",)
+QUICK_ARMS = ("fedavg", "logit adjustment", "amplitude mix", "Gaussians, class + device", "fedssg")
+QUICK_ARMS += ("fedssg, VAE at sites",)
+
+
+def ablations() -> dict[str, Changes]:
+    """What is changed of fedssg with its default generator."""
+    return {
+        "fedssg: cross-entropy": {**SSG, "task.loss": "cross-entropy"},
+        "fedssg: style alone, cross-entropy": {"method.name": "fedssg", "method.synthesis": {"generator": []}},
+        "fedssg: tau 0.5": {**SSG, "task.tau": 0.5},
+        "fedssg: style 0.25": samples(["features"], style=0.25),
+        "fedssg: style 1": samples(["features"], style=1.0),
+        "fedssg: diagonal covariance": samples([{"name": "features", "covariance": "diagonal"}]),
+    }
+
+
+def vae_ablations(kind: str) -> dict[str, Changes]:
+    """What is changed of fedssg with an autoencoder at the sites."""
+    changes: dict[str, Changes] = {
+        "budget 0": {"plan": {"budget": 0.0}},
+        "budget 0.1": {"plan": {"budget": 0.1}},
+        "budget 1": {"plan": {"budget": 1.0}},
+        "no style": {"style": 0.0},
+        "gate open": {"gate": OPEN_GATE},
+        "gate open, weight constant": {"gate": OPEN_GATE, "training": {"ramp": 0.0, "until": 1.0}},
+        "gate open, weight 1": {"gate": OPEN_GATE, "training": {"weight": 1.0}},
+        "gate open, a sample per image": {"gate": OPEN_GATE, "training": {"real_per_synthetic": 1.0}},
+        "gate open, no borrowing": {"gate": OPEN_GATE, "plan": {"borrow": 0.0}},
+    }
+    made = {f"VAE: {name}": samples([vae(kind)], **change) for name, change in changes.items()}
+    return made | {"VAE: cross-entropy": {**samples([vae(kind)]), "task.loss": "cross-entropy"}}
+
+
+def planned(public: Path, seeds: list[int], quick: bool) -> list[Cell]:
+    """All cells, the most important first."""
+    skin, phantom = arms("skin", public), arms("phantom", public)
+    if quick:
+        return [
+            *_cells("phantom", 12, _some(phantom, QUICK_ARMS), seeds),
+            *_cells("skin", 3, _some(skin, QUICK_ARMS), seeds),
+            *_cells("without-vienna_dias", 3, _some(skin, ("logit adjustment", "fedssg")), seeds),
+        ]
+    major = tuple(name for name in skin if name not in MINOR)
+    cells = [
+        *_cells("skin", EARLY["skin"], _some(skin, major), seeds),
+        *_cells("phantom", EARLY["phantom"], phantom, seeds),
+        *_cells("skin", LATE["skin"], skin, seeds),
+        *_cells("phantom", LATE["phantom"], _some(phantom, major), seeds),
+        *_cells("skin-cut", LATE["skin"], _some(skin, CUT_ARMS), seeds),
+        *_cells("skin-cut", EARLY["skin"], _some(skin, CUT_EARLY_ARMS), seeds),
+        *_cells("phantom", EARLY["phantom"], vae_ablations("phantom"), seeds),
+        *_cells("skin-cut", LATE["skin"], ablations(), seeds),
+    ]
+    away = _some(skin, ELSEWHERE_ARMS)
+    return cells + [cell for source in SOURCES for cell in _cells(f"without-{source}", ELSEWHERE, away, seeds)]
+
+
+def _some(every: dict[str, Changes], names: tuple[str, ...]) -> dict[str, Changes]:
+    return {name: every[name] for name in names}
+
+
+def _cells(scenario: str, rounds: int, chosen: dict[str, Changes], seeds: list[int]) -> list[Cell]:
+    made = {name: tuple((key, json.dumps(value)) for key, value in c.items()) for name, c in chosen.items()}
+    return [Cell(scenario, rounds, name, changes, seed) for seed in seeds for name, changes in made.items()]

@@ -1,0 +1,142 @@
+"""First phase of the exchange: which devices there are, how many patients of each class they have, and their style.
+
+Sums over sites, so that under a hidden sum the server learns only totals. With one device a site, though, a device's
+column is that site's; ``synthesis.epsilon`` adds noise at each site for that case.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from polyclinic.errors import SiteError
+from polyclinic.federation.channel import Channel
+from polyclinic.federation.message import Message
+from polyclinic.federation.site import Leaf, Op, Site
+from polyclinic.secure.sum import SecureSum
+from polyclinic.study import Study
+from polyclinic.synthesis.amplitude import windows
+from polyclinic.synthesis.cells import Cells, OwnImages, count_cells, own_devices, own_images
+
+MOST_DEVICES = 256
+LONGEST_NAME = 64
+_BATCH = 256
+
+
+def statistics_ops(study: Study) -> dict[str, Op]:
+    """The sites' side: names of devices, then counts and summed styles."""
+    settings = study.synthesis
+    assert settings is not None
+    # A floor on true counts would undo the noise: one patient more or less could switch five on or off.
+    floor = 1 if settings.epsilon else settings.floor
+
+    def enter(site: Site, message: Message) -> Message:
+        return Message(scalars={"devices": json.dumps(own_devices(site.data, floor))})
+
+    def count(site: Site, message: Message) -> Message:
+        devices = tuple(json.loads(str(message.scalars["devices"])))
+        own = own_images(site.data, devices, floor)
+        patients, images = count_cells(own, len(site.task.classes), len(devices))
+        styles = summed_styles(site, own, patients.shape, settings.window)
+        if settings.epsilon:
+            patients, styles = noisy(patients, styles, settings.epsilon)
+            images = patients  # how many images a patient has is not bounded, so it is not told
+        arrays = {
+            "patients": torch.from_numpy(patients.astype(np.float64)),
+            "images": torch.from_numpy(images.astype(np.float64)),
+            "styles": styles,
+        }
+        return Message.pack({"cells": arrays}, **{"weight/cells": 1.0})
+
+    return {
+        "enter": Op(enter, (Leaf("devices", "scalar", "counts"),)),
+        "count-cells": Op(count, (Leaf("cells", "sum", "images", lanes=64), Leaf("weight/*", "scalar", "nothing"))),
+    }
+
+
+def gather(channel: Channel, sums: SecureSum, study: Study) -> tuple[Cells, Tensor]:
+    """The server's side.
+
+    Returns:
+        Counts over all sites (after noise: none below zero), and each device's mean style
+        ``[devices, C, 2 half + 1, 2 half + 1]``, float32; zeros for a device whose noisy count came to nothing.
+
+    Raises:
+        SiteError: A site names devices that are no names, or no site has a cell of enough patients.
+    """
+    devices: set[str] = set()
+    for site, reply in channel.call("enter", dict.fromkeys(channel.sites, Message())).items():
+        devices |= _checked(site, str(reply.scalars["devices"]))
+    if not devices:
+        assert study.synthesis is not None
+        raise SiteError(
+            f"no site has a class with {study.synthesis.floor} training patients or more on one device, so there is "
+            "nothing to plan samples by. Lower synthesis.floor, or leave synthesis out."
+        )
+    roster = tuple(sorted(devices))
+    message = Message(scalars={"devices": json.dumps(roster)})
+    total = sums.sum(channel, "count-cells", dict.fromkeys(channel.sites, message)).sums["cells"]
+    patients, images = (np.maximum(np.rint(total[name].numpy()), 0).astype(np.int64) for name in ("patients", "images"))
+    per_device = torch.from_numpy(patients.sum(0).astype(np.float64)).clamp(min=1)
+    styles = (total["styles"] / per_device.view(-1, 1, 1, 1)).clamp(0, 1).float()
+    return Cells(tuple(study.task.classes), roster, patients, images), styles
+
+
+def summed_styles(site: Site, own: OwnImages, shape: tuple[int, ...], half: int) -> Tensor:
+    """Per device, the sum over its patients of the mean amplitude window of their images.
+
+    A patient counts in one cell, as in ``count_cells``, so that his window stands on one device alone.
+
+    Returns:
+        float64 ``[devices, C, 2 half + 1, 2 half + 1]``.
+    """
+    data = site.data
+    channels, side = data.picture(0).shape[0], 2 * half + 1
+    total = torch.zeros(shape[1], channels, side, side, dtype=torch.float64)
+    if len(own.positions) == 0:
+        return total
+    found = torch.cat(
+        [windows(data.inputs(part).cpu() * data.std + data.mean, half) for part in torch.split(own.positions, _BATCH)]
+    ).double()
+    by_patient: dict[str, list[int]] = {}
+    for row, who in enumerate(own.patients):
+        by_patient.setdefault(who, []).append(row)
+    for rows in by_patient.values():
+        part = OwnImages(own.positions[rows], own.labels[rows], own.devices[rows], [own.patients[i] for i in rows])
+        counted, _ = count_cells(part, shape[0], shape[1])
+        label, device = (int(k) for k in np.argwhere(counted)[0])
+        mine = [i for i in rows if own.labels[i] == label and own.devices[i] == device]
+        total[device] += found[mine].mean(0)
+    return total
+
+
+def noisy(patients: NDArray[np.int64], styles: Tensor, epsilon: float) -> tuple[NDArray[np.int64], Tensor]:
+    """Counts and styles with Laplace noise; half of ε each.
+
+    Adding or taking a patient changes one count by 1, and one device's window, whose squares add up to at most 1 per
+    colour, by at most C (2 half + 1) in the sum of magnitudes (Cauchy and Schwarz). The noise is not drawn from the
+    study's seed, which the server knows, so runs with it do not repeat bit for bit.
+    """
+    rng = np.random.default_rng(secrets.randbits(128))
+    counts = patients + np.rint(rng.laplace(0, 2 / epsilon, patients.shape)).astype(np.int64)
+    reach = styles.shape[1] * styles.shape[2]
+    return counts, styles + torch.from_numpy(rng.laplace(0, 2 * reach / epsilon, tuple(styles.shape)))
+
+
+def _checked(site: str, text: str) -> set[str]:
+    try:
+        names = json.loads(text[: MOST_DEVICES * (LONGEST_NAME + 8)])
+    except json.JSONDecodeError:
+        names = None
+    fine = isinstance(names, list) and len(names) <= MOST_DEVICES
+    if not fine or not all(isinstance(name, str) and 0 < len(name) <= LONGEST_NAME for name in names):
+        raise SiteError(
+            f"site {site!r} answered with devices that are no list of names. Names have 1 to {LONGEST_NAME} letters, "
+            f"and a site has {MOST_DEVICES} at most; check the device column of its table."
+        )
+    return set(names)
