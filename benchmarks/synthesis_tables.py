@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from comparisons import value_cell
+from synthesis_arms import OPENED
 from synthesis_cells import SOURCES, Cell, finished, train_counts
 from synthesis_scores import ALL, METRICS, costs, judged
 from tables import Results, Table
@@ -19,9 +20,9 @@ from polyclinic.evaluation.summary import SiteResult, differences, table
 Json = dict[str, Any]
 LOSS = "logit adjustment"
 PLAIN = "fedavg"
-BASELINES = (LOSS, PLAIN, "fedssg", "fedssg, VAE at sites")
+BASELINES = (LOSS, PLAIN, "fedssg", OPENED)
 """What differences are taken from: the loss alone, nothing, and for ablations what they change."""
-ABLATIONS = {"VAE: ": "fedssg, VAE at sites", "fedssg: ": "fedssg"}
+ABLATIONS = {"VAE: ": OPENED, "fedssg: ": "fedssg"}
 """How the names of ablations begin, and what they are ablations of."""
 GAINS = ("balanced_accuracy", "rare", "worst", "unseen")
 

@@ -51,6 +51,7 @@ def _record(classes: list[str], devices: list[str], patients: np.ndarray, sites:
     phases = {"count": 0.2, "fit-vae": 41.5, "sum-features": 1.1, "examine": 6.3, "receive": 0.04}
     lengths = dict(zip(phases, (900, 1_320_000, 33_000, 640, 50), strict=True))
     return {
+        "settings": SETTINGS.model_dump(mode="json"),
         "generator": ["vae"],
         "classes": classes,
         "devices": devices,

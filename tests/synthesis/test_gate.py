@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from polyclinic.synthesis.cells import own_images
 from polyclinic.synthesis.copies import find_copies
 from polyclinic.synthesis.distances import ByPatient, two_nearest
 from polyclinic.synthesis.gate import GateImages, GateResult, judge, vet
-from polyclinic.synthesis.measures import measure
+from polyclinic.synthesis.measures import failures, measure
 from polyclinic.synthesis.pool import Samples
 from polyclinic.synthesis.settings import GateSettings, SynthesisSettings
 from polyclinic.synthesis.vae import shrunk_images
@@ -111,6 +112,8 @@ def test_measures_that_can_be_done_by_hand() -> None:
     # Nearest over second nearest: 1/9, 1/9, 1/9, 5/5; held out: 4/6, 4/6.
     assert found.nndr == pytest.approx(1 / 9)
     assert found.nndr_holdout == pytest.approx(2 / 3)
+    # With held-out patients in their place: 13/25, 3/15, 5/7, 1/11; a twentieth of the way is 0.15 from 1/11 to 3/15.
+    assert found.nndr_elsewhere == pytest.approx(1 / 11 + 0.15 * (3 / 15 - 1 / 11))
     # Three of four candidates and neither of two held-out patients below: 1 of the 3! ways ... C(4,3) / C(6,3) = 1/5.
     assert found.nndr_chance == pytest.approx(1 / 5)
     # Distances of members to candidates 1, 1, 1, 5; of others 3, 1: f at 26 is 1 from 25.
@@ -120,6 +123,18 @@ def test_measures_that_can_be_done_by_hand() -> None:
     assert (found.tpr, found.fpr) == (0.75, 0.5)
     # At most 1 held out among the 4 nearest of 6 with 2 held out: 1 - C(4,2)/C(6,4) = 1 - 6/15.
     assert found.tpr_chance == pytest.approx(9 / 15)
+
+
+def test_samples_unlike_any_patient_are_no_copies() -> None:
+    """Far off one end of a line, all share one nearest patient on either side: the ratio is low with both."""
+    rng = np.random.default_rng(1)
+    train = ByPatient.of(torch.from_numpy(rng.normal(size=(60, 2))).float(), [f"t{i}" for i in range(60)])
+    holdout = ByPatient.of(torch.from_numpy(rng.normal(size=(60, 2))).float(), [f"h{i}" for i in range(60)])
+    lonely = torch.tensor([[4.0, 4.0]]) + 0.01 * torch.from_numpy(rng.normal(size=(80, 2))).float()
+    found = measure(lonely, train, holdout, rng, gap=0.05, confidence=0.99)
+    apart = replace(found, nndr=0.5, nndr_holdout=0.9, nndr_elsewhere=0.52, nndr_chance=0.0)
+    assert not [why for why in failures(apart, GateSettings()) if "second" in why]
+    assert [why for why in failures(replace(apart, nndr_elsewhere=0.8), GateSettings()) if "second" in why]
 
 
 def test_hubs_are_few_independent_candidates() -> None:

@@ -48,10 +48,10 @@ def test_a_sample_on_the_side_of_another_class_is_unlikely() -> None:
 def test_where_the_line_of_probability_lies() -> None:
     """Equal covariances s I: the probability of class 0 at x is 1 / (1 + exp((10 x - 50) / s)).
 
-    Each class has variance 1/2 in either direction, so s = 1/2 (shrinkage changes nothing): 0.2 is at
-    x = 5 + log(4) / 20 = 5.0693.
+    Each class has variance 1/2 in either direction, so s = 1/2 (shrinkage changes nothing): it is 0.2 times as probable
+    as class 1 at x = 5 + log(5) / 20 = 5.0805.
     """
-    spots = torch.tensor([[5.068, 0.0], [5.071, 0.3]])
+    spots = torch.tensor([[5.079, 0.0], [5.082, 0.3]])
     assert keep(spots, torch.tensor([0, 0]), SUMS).mask.tolist() == [True, False]
     assert keep(spots, torch.tensor([0, 0]), SUMS, least=0.5).mask.tolist() == [False, False]
 

@@ -78,8 +78,9 @@ def _task(task: Json) -> str:
 
 
 def method_settings(method: Json) -> str:
-    """Settings of a method in one line, without its name and its label."""
-    return ", ".join(f"{name} {value}" for name, value in method.items() if name not in ("name", "label"))
+    """Settings of a method in one line, without its name, its label and its synthesis, which has a chapter."""
+    hidden = ("name", "label", "synthesis")
+    return ", ".join(f"{name} {value}" for name, value in method.items() if name not in hidden)
 
 
 def headline_rows(metrics: Json, classes: list[str]) -> list[Json]:

@@ -48,7 +48,7 @@ def synthesis_chapter(run: Run, examples: Mapping[str, Sequence[Json]]) -> Json:
     if not found:
         return {}
     found = {"at_sites": np.zeros_like(found["wanted"]).tolist(), **found}
-    thresholds = (run.study.get("synthesis") or {}).get("gate") or {}
+    thresholds = run.synthesis["settings"]["gate"]
     return {
         "facts": _facts(found),
         "maps": _maps(found),

@@ -116,6 +116,7 @@ class ExchangeRun:
                 self._folder.guard(lambda: self._write_examples(released))
         traffic = _read(state, "traffic", {})
         found: Json = {
+            "settings": exchange.settings.model_dump(mode="json"),
             "generator": [entry.name for entry in exchange.settings.generator],
             "classes": list(cells.classes),
             "devices": list(cells.devices),

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from polyclinic.errors import DataError
@@ -47,6 +48,8 @@ from polyclinic.synthesis.vae import shrunk_images
 ALL = "all"
 NO_HOLDOUT = "no hold-out"
 FEW_PATIENTS = "few patients"
+Names = tuple[Sequence[str], Sequence[str]]
+"""Of classes and of devices."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +121,7 @@ def judge(
     holdout: GateImages,
     settings: GateSettings,
     seed: int,
-    names: tuple[Sequence[str], Sequence[str]] | None = None,
+    names: Names | None = None,
 ) -> GateResult:
     """Judge candidates by the patients of one site.
 
@@ -142,34 +145,45 @@ def judge(
     accepted = torch.ones(len(own), dtype=torch.bool)
     if not bool(own.any()):
         return GateResult(accepted, {})
-    seen = candidates.only(own)
-    reasons = np.full(len(seen.labels), "", dtype=object)
-    if why := _lacking(train, holdout, settings):
-        reasons[:] = NO_HOLDOUT if len(set(holdout.patients)) < settings.holdout else FEW_PATIENTS
-        rows = [_row(space, _Group(ALL, 0, ALL), (seen, train, holdout), why=why) for space in seen.spaces]
-    else:
-        copies = {
-            space: find_copies(vectors, seen.labels, train.side(space), train.labels, settings.copy_quantile)
-            for space, vectors in seen.spaces.items()
-        }
-        for found in copies.values():
-            reasons[found.numpy()] = "copy"
-        rows = []
-        for group in _groups(seen, names):
-            here, passed = group.of(seen), True
-            if group.kind != ALL and all(bool(group.of(side).all()) for side in (seen, train, holdout)):
-                continue  # the same as all
-            sides = (seen.only(here), train.only(group.of(train)), holdout.only(group.of(holdout)))
-            for space in seen.spaces:
-                rows.append(_judged(space, group, sides, settings, seed) | {"copies": int(copies[space][here].sum())})
-                passed = passed and rows[-1]["passed"] is not False
-            if not passed:
-                reasons[here.numpy() & (reasons == "")] = group.kind
+    reasons, rows = _reasons(candidates.only(own), train, holdout, settings, seed, names)
     accepted[own] = torch.from_numpy(reasons == "")
     return GateResult(accepted, dict(Counter(str(reason) for reason in reasons if reason)), rows)
 
 
-def _groups(candidates: GateImages, names: tuple[Sequence[str], Sequence[str]] | None) -> Iterator[_Group]:
+def _reasons(
+    seen: GateImages,
+    train: GateImages,
+    holdout: GateImages,
+    settings: GateSettings,
+    seed: int,
+    names: Names | None,
+) -> tuple[NDArray[np.object_], list[dict[str, Any]]]:
+    """Why each candidate is refused, empty where it is not, and the rows."""
+    reasons = np.full(len(seen.labels), "", dtype=object)
+    if why := _lacking(train, holdout, settings):
+        reasons[:] = NO_HOLDOUT if len(set(holdout.patients)) < settings.holdout else FEW_PATIENTS
+        return reasons, [_row(space, _Group(ALL, 0, ALL), (seen, train, holdout), why=why) for space in seen.spaces]
+    copies = {
+        space: find_copies(vectors, seen.labels, train.side(space), train.labels, settings.copy_quantile)
+        for space, vectors in seen.spaces.items()
+    }
+    for found in copies.values():
+        reasons[found.numpy()] = "copy"
+    rows = []
+    for group in _groups(seen, names):
+        here, passed = group.of(seen), True
+        if group.kind != ALL and all(bool(group.of(side).all()) for side in (seen, train, holdout)):
+            continue  # the same as all
+        sides = (seen.only(here), train.only(group.of(train)), holdout.only(group.of(holdout)))
+        for space in seen.spaces:
+            rows.append(_judged(space, group, sides, settings, seed) | {"copies": int(copies[space][here].sum())})
+            passed = passed and rows[-1]["passed"] is not False
+        if not passed:
+            reasons[here.numpy() & (reasons == "")] = group.kind
+    return reasons, rows
+
+
+def _groups(candidates: GateImages, names: Names | None) -> Iterator[_Group]:
     """All, then each class and each device that has candidates."""
     yield _Group(ALL, 0, ALL)
     for k, (kind, numbers) in enumerate((("class", candidates.labels), ("device", candidates.devices))):

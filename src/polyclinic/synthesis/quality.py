@@ -85,8 +85,8 @@ def sums_of(features: Tensor, labels: Tensor, classes: int) -> HeadSums:
 def keep(features: Tensor, labels: Tensor, sums: HeadSums, *, least: float = LEAST, quantile: float = QUANTILE) -> Kept:
     """Which samples are worth an owner's look.
 
-    In this order: a sample whose class is less probable than ``least`` by linear discriminants (classes equally
-    frequent beforehand, so rare ones are not dropped for being rare); one whose distance from the centre of the real
+    In this order: a sample whose class is less than ``least`` times as probable as the likeliest class, by linear
+    discriminants (classes equally frequent beforehand, so rare ones are not dropped for being rare); one whose distance from the centre of the real
     images of its class is above the quantile of those of all samples of the class; and one that nearly equals an
     earlier sample of its class that stays. A class of at most ``1 / (1 - quantile)`` samples loses none for being far.
 
@@ -94,7 +94,7 @@ def keep(features: Tensor, labels: Tensor, sums: HeadSums, *, least: float = LEA
         features: Of the samples, ``[n, F]``.
         labels: int64 ``[n]``.
         sums: Over the real images of all sites, from ``feature_sums``. Samples of a class without images are unlikely.
-        least: Lowest probability.
+        least: Lowest probability of the own class, over that of the likeliest.
         quantile: Of distances within a class.
 
     Raises:
@@ -123,12 +123,12 @@ def keep(features: Tensor, labels: Tensor, sums: HeadSums, *, least: float = LEA
 
 
 def _probability(features: Tensor, labels: Tensor, sums: HeadSums) -> Tensor:
-    """Of each sample's own class, ``[n]``; 0 where the class has no real image."""
+    """Of each sample's own class over that of its likeliest, ``[n]``; 0 where the class has no real image."""
     present = torch.nonzero(sums.count > 0).flatten()
     weight, bias = solve_lda(replace(sums, count=sums.count[present], first=sums.first[present]), SHRINKAGE)
     logits = features.new_full((len(features), len(sums.count)), -torch.inf)
     logits[:, present] = features @ weight.T + bias
-    return logits.softmax(1).gather(1, labels[:, None]).flatten()
+    return (logits.gather(1, labels[:, None]).flatten() - logits.amax(1)).exp()
 
 
 def _typical_distance(sums: HeadSums) -> float:
