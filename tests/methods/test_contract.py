@@ -25,6 +25,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "per-fedavg": {"alpha": 0.0},
     "pfedme": {"inner_steps": 1},
     "fediic": {"margin": 0.0, "intra": 0.0, "inter": 0.0},
+    "fedssg": {"synthesis": {"generator": [], "style": 0.0}},
     "data-vectors": {"recipe": {"rule": {"coefficients": "mean"}, "restoration": "none"}},
 }
 """Settings under which a method with a single site is plain local training."""
@@ -33,14 +34,15 @@ STILL: dict[str, dict[str, Any]] = {
     "per-fedavg": {"alpha": 0.0},
     "pfedme": {"inner_lr": 0.0},
     "creff": {"head_epochs": 0},
+    "fedssg": {"synthesis": {"generator": {"name": "features", "epochs": 0}}},
 }
 """Rates of a method's own, zero."""
 
 GENTLE: dict[str, dict[str, Any]] = {"fediic": {"intra": 0.1, "inter": 0.1}}
 """Settings under which a toy's update is no larger than 16 bits carry in one round."""
 
-BESIDE = {"fediic": {"losses", "images"}}
-"""Arrays that a method sums beside tensors of the model: numbers per class."""
+BESIDE = {"fediic": {"losses", "images"}, "fedssg": {"count", "first", "second", "negative"}}
+"""Arrays that a method sums beside tensors of the model: numbers per class, moments of features."""
 
 NEVER_PLAIN = {"fedrep"}
 """Methods without such settings: fedrep never trains all layers together."""

@@ -323,6 +323,17 @@ def test_only_the_last_layer_changes_and_only_where_the_model_is_used(tmp_path: 
     assert set(new) == {f"{next(iter(new)).rpartition('.')[0]}.{leaf}" for leaf in ("weight", "bias")}
 
 
+@pytest.mark.parametrize("norm", ["batch", "instance", "group"])
+def test_a_site_without_a_cell_adds_zeros(norm: str, tmp_path: Path) -> None:
+    owned = {**OWNED, "east": {("a", "bright"): 2, ("b", "dark"): 1}}
+    run = run_of(tmp_path, owned, model={"name": "small-cnn", "width": 4, "norm": norm})
+    message = Message.pack({"model": run.state.groups["model"]}, devices=json.dumps(["bright", "dark"]))
+    reply = run.channel._sites["east"].handle("gaussians", 1, message)
+    other = run.channel._sites["north"].handle("gaussians", 1, message)
+    assert {n: a.shape for n, a in reply.arrays.items()} == {n: a.shape for n, a in other.arrays.items()}
+    assert not any(array.any() for array in reply.arrays.values())
+
+
 def test_where_nobody_has_enough_patients_the_last_layer_stays(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     method = run.method

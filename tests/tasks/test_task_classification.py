@@ -13,8 +13,8 @@ from torch import nn
 
 from polyclinic.errors import StudyError
 from polyclinic.study import TaskSettings, TrainingSettings
-from polyclinic.tasks import Task, make_task
-from polyclinic.tasks.classification import focal_loss
+from polyclinic.tasks import PRIOR_LOSSES, Task, make_task
+from polyclinic.tasks.classification import MultiClass, fedlc_margins, focal_loss, logit_adjustment
 
 
 def task(kind: str = "multi-class", loss: str = "auto", classes: tuple[str, ...] = ("a", "b"), **training: Any) -> Task:
@@ -114,3 +114,78 @@ def test_impossible_settings_are_refused(arguments: dict[str, Any], words: str) 
     with pytest.raises(StudyError) as caught:
         task(**arguments)
     assert words in str(caught.value)
+
+
+def test_logit_adjustment_by_hand() -> None:
+    """7 and 1 images, half an image added to each: frequencies 7.5/9 and 1.5/9."""
+    assert logit_adjustment(torch.tensor([7, 1]), 1.0).tolist() == pytest.approx([math.log(5 / 6), math.log(1 / 6)])
+    assert logit_adjustment(torch.tensor([7, 1]), 0.5).tolist() == pytest.approx(
+        [math.log(5 / 6) / 2, math.log(1 / 6) / 2]
+    )
+    assert logit_adjustment(torch.tensor([7, 0]), 1.0)[1].item() == pytest.approx(math.log(0.5 / 8))
+    found = task(loss="logit-adjusted").among(torch.tensor([7.0, 1.0]))
+    logits = torch.tensor([[0.0, math.log(5)], [0.0, 0.0]])
+    # With the shift both classes of the first image are equally likely; of the second class 1 has 1/6.
+    expected = (math.log(2) + math.log(6)) / 2
+    assert found.loss(logits, torch.tensor([0, 1])).item() == pytest.approx(expected)
+
+
+def test_fedlc_by_hand() -> None:
+    """16 and 81 images: margins of tau / 2 and tau / 3; a class without images is out of the softmax."""
+    assert fedlc_margins(torch.tensor([16, 81]), 1.0).tolist() == pytest.approx([-1 / 2, -1 / 3])
+    assert fedlc_margins(torch.tensor([16, 81]), 0.6).tolist() == pytest.approx([-0.3, -0.2])
+    assert fedlc_margins(torch.tensor([16.0, 0.0]), 1.0).tolist() == pytest.approx([-0.5, -math.inf])
+    found = task(loss="fedlc", classes=("a", "b", "c")).among(torch.tensor([16.0, 81.0, 0.0]))
+    logits = torch.tensor([[0.5, 1 / 3 + math.log(3), 1000.0]], requires_grad=True)
+    loss = found.loss(logits, torch.tensor([1]))
+    assert loss.item() == pytest.approx(math.log(4 / 3))
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.tolist()[0] == pytest.approx([1 / 4, -1 / 4, 0])
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=8), st.floats(0, 3))
+def test_shifts_favour_rare_classes_and_none_favours_at_strength_0(counts: list[float], tau: float) -> None:
+    numbers = torch.tensor(counts)
+    adjusted, margins = logit_adjustment(numbers, tau), fedlc_margins(numbers, tau)
+    assert torch.isfinite(adjusted).all()
+    order = numbers.argsort()
+    assert (adjusted[order].diff() >= -1e-6).all(), "what is added grows with the count, and is learnt against"
+    held = [i for i in order.tolist() if counts[i] > 0]
+    assert (margins[held].diff() >= -1e-6).all()
+    assert not torch.isnan(margins).any()
+    if tau == 0:
+        assert not adjusted.any()
+        assert not margins[held].any()
+
+
+def test_only_losses_with_a_prior_look_at_counts() -> None:
+    counts = torch.tensor([7.0, 1.0])
+    for loss in ("auto", "cross-entropy", "focal"):
+        one = task(loss=loss)
+        assert one.among(counts) is one
+    one = task("multi-label")
+    assert one.among(counts) is one
+
+
+@pytest.mark.parametrize("loss", PRIOR_LOSSES)
+def test_a_task_with_a_prior_judges_without_it(loss: str) -> None:
+    """Before the counts of a training set are known it is cross-entropy; probabilities never know of them."""
+    one, logits = task(loss=loss), torch.tensor([[0.0, math.log(3)]])
+    among = one.among(torch.tensor([100.0, 1.0]))
+    assert one.loss(logits, torch.tensor([0])).item() == pytest.approx(math.log(4))
+    assert among.loss(logits, torch.tensor([0])).item() != pytest.approx(math.log(4), rel=0.01)
+    assert torch.equal(among.probabilities(logits), one.probabilities(logits))
+
+
+def test_strength_comes_from_the_study() -> None:
+    made = make_task(TaskSettings(classes=["a", "b"], loss="fedlc", tau=0.6), TrainingSettings())
+    assert isinstance(made, MultiClass)
+    assert (made.prior, made.tau, made.shift) == ("fedlc", 0.6, None)
+
+
+@pytest.mark.parametrize("kind", ["multi-label", "segmentation"])
+@pytest.mark.parametrize("loss", PRIOR_LOSSES)
+def test_priors_are_for_one_class_an_image(kind: str, loss: str) -> None:
+    with pytest.raises(StudyError, match=rf"task.loss: {loss} shifts the classes.*{kind}.*Use focal"):
+        task(kind, loss)

@@ -90,7 +90,8 @@ class FeatureGaussians:
         _, layer = last_layer(site.model)
         site.model.eval()
         with torch.no_grad(), entering(layer) as found:
-            for part in torch.split(own.positions, _BATCH):
+            # Of no images there is one part, an empty one, which not every network takes.
+            for part in torch.split(own.positions, _BATCH) if len(own.positions) else ():
                 site.model(site.data.inputs(part).to(layer.weight.device))
         seen = torch.cat(found).cpu() if found else torch.zeros(0, layer.in_features)
         columns = len(devices) if self.settings.devices else 1
