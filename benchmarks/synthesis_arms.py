@@ -10,6 +10,9 @@ from synthesis_cells import SOURCES, Cell
 
 Changes = dict[str, Any]
 LA: Changes = {"task.loss": "logit-adjusted"}
+BALANCED: Changes = {"training.balanced": True}
+"""Batches that show the classes of a site equally often. With it the logit-adjusted loss only leaves out the classes
+that a site does not have."""
 SSG: Changes = {**LA, "method.name": "fedssg"}
 VAE_SIZE = {"skin": 32, "phantom": 24}
 OPEN_GATE: Changes = {"dcr_ratio": 0.0, "closer": 1.0, "nndr_gap": 1.0, "membership_auc": 1.0, "membership_tpr": 1.0}
@@ -52,10 +55,15 @@ def arms(kind: str, public: Path) -> dict[str, Changes]:
         OPENED: samples([vae(kind)], gate=OPEN_GATE),
         "pooled + logit adjustment": {**LA, "method.name": "pooled"},
         "local": {"method.name": "local"},
-        "balanced batches": {"training.balanced": True},
+        "balanced batches": BALANCED,
+        "balanced, logit adjustment": {**LA, **BALANCED},
+        "balanced, amplitude mix": {**samples([], style=0.5), **BALANCED},
+        "balanced, Gaussians, class + device": {**samples(["features"], style=0.0), **BALANCED},
+        "balanced, fedssg": {**SSG, **BALANCED},
+        "balanced, pooled": {**LA, **BALANCED, "method.name": "pooled"},
         "fediic": {"method.name": "fediic"},
         "creff": {"method.name": "creff"},
-        "fedbn": {"method.name": "fedbn"},
+        "fedbn": {"method.name": "fedbn", "model.norm": "batch"},
         "fedprox": {"method.name": "fedprox"},
         "focal": {"task.loss": "focal"},
         "fedlc": {"task.loss": "fedlc"},
@@ -63,14 +71,18 @@ def arms(kind: str, public: Path) -> dict[str, Changes]:
     }
 
 
-MINOR = ("local", "balanced batches", "fedprox", "focal", "fedlc", "fedbn")
-"""Early alone on the real images: time is short."""
+MINOR = ("local", "fedprox", "focal", "fedlc", "fedbn")
+"""Early alone: time is short."""
+BALANCED_MINOR = ("balanced batches", "balanced, amplitude mix", "balanced, Gaussians, class + device")
+BALANCED_MINOR += ("balanced, pooled",)
+"""Likewise on the phantom."""
 CUT_ARMS = ("fedavg", "logit adjustment", "fedssg", "amplitude mix", "Gaussians, class", "Gaussians, class + device")
 CUT_ARMS += ("fedssg, VAE at sites", OPENED, "fedssg, VAE + features + amplitude", "fediic")
-CUT_ARMS += ("pooled + logit adjustment",)
+CUT_ARMS += ("pooled + logit adjustment", "balanced, logit adjustment", "balanced, fedssg", "balanced, amplitude mix")
 CUT_EARLY_ARMS = ("fedavg", "logit adjustment", "fedssg", "amplitude mix", "Gaussians, class + device")
+CUT_EARLY_ARMS += ("balanced, logit adjustment", "balanced, fedssg")
 ELSEWHERE_ARMS = ("fedavg", "logit adjustment", "amplitude mix", "Gaussians, class + device", "fedssg")
-ELSEWHERE_ARMS += ("harmonise + logit adjustment",)
+ELSEWHERE_ARMS += ("harmonise + logit adjustment", "balanced, logit adjustment", "balanced, fedssg")
 QUICK_ARMS = ("fedavg", "logit adjustment", "amplitude mix", "Gaussians, class + device", "fedssg")
 QUICK_ARMS += ("fedssg, VAE at sites",)
 
@@ -113,11 +125,12 @@ def planned(public: Path, seeds: list[int], quick: bool) -> list[Cell]:
             *_cells("without-vienna_dias", 3, _some(skin, ("logit adjustment", "fedssg")), seeds),
         ]
     major = tuple(name for name in skin if name not in (*MINOR, OPENED))
+    fewer = tuple(name for name in major if name not in BALANCED_MINOR)
     cells = [
         *_cells("skin", EARLY["skin"], _some(skin, (*major, *MINOR)), seeds),
         *_cells("phantom", EARLY["phantom"], phantom, seeds),
         *_cells("skin", LATE["skin"], _some(skin, (*major, "local")), seeds),
-        *_cells("phantom", LATE["phantom"], _some(phantom, major), seeds),
+        *_cells("phantom", LATE["phantom"], _some(phantom, fewer), seeds),
         *_cells("skin-cut", CUT, _some(skin, CUT_ARMS), seeds),
         *_cells("skin-cut", EARLY["skin"], _some(skin, CUT_EARLY_ARMS), seeds),
         *_cells("phantom", EARLY["phantom"], vae_ablations("phantom"), seeds),

@@ -20,7 +20,8 @@ from polyclinic.evaluation.summary import SiteResult, differences, table
 Json = dict[str, Any]
 LOSS = "logit adjustment"
 PLAIN = "fedavg"
-BASELINES = (LOSS, PLAIN, "fedssg", OPENED)
+BALANCED = "balanced, logit adjustment"
+BASELINES = (LOSS, PLAIN, BALANCED, "fedssg", OPENED)
 """What differences are taken from: the loss alone, nothing, and for ablations what they change."""
 ABLATIONS = {"VAE: ": OPENED, "fedssg: ": "fedssg"}
 """How the names of ablations begin, and what they are ablations of."""
@@ -32,13 +33,15 @@ choose among every tenth round and the last. `skin` are the seven diagnoses of H
 pixels, `skin-cut` the same with akiec, df and vasc cut to a quarter of their training lesions at each source,
 `without X` training on three sources and all images of the fourth as test, `phantom` made-up lesions of eight
 diagnoses at 24 pixels with the class x centre table of Fed-ISIC2019 divided by ten and 25 test images in each of the
-48 cells. Network: small-cnn, width 16, with batch norm on real images and group norm on the phantom. Whatever is
-called fedssg, Gaussians, amplitude mix or VAE uses the logit-adjusted loss, so that the gain of samples and styles is
-the difference from `logit adjustment`; fedavg, fedprox, fedbn, creff and local use cross-entropy. `fedssg` is the
-default: feature Gaussians by class and device, and styles. Metrics are over the test images of all devices together:
-balanced accuracy, macro F1, mean recall of the rare classes (akiec, df, vasc; on the phantom DF, VASC), the worst
-device's balanced accuracy, mean recall of cells (a class on a device) by their number of training images. Values are
-means over seeds; intervals are 95%, over patients and seeds, differences paired by both."""
+48 cells. Network: small-cnn, width 16, with batch norm on real images and group norm on the phantom (fedbn: batch
+norm). Whatever is called fedssg, Gaussians, amplitude mix or VAE uses the logit-adjusted loss, so that the gain of
+samples and styles is the difference from `logit adjustment`; `balanced` draws batches in which the classes of a site
+are equally frequent, and what is balanced and has samples or styles is to be measured by `balanced, logit
+adjustment`; fedavg, fedprox, fedbn, creff and local use cross-entropy. `fedssg` is the default: feature Gaussians by
+class and device, and styles. Metrics are over the test images of all devices together: balanced accuracy, macro F1,
+mean recall of the rare classes (akiec, df, vasc; on the phantom DF, VASC), the worst device's balanced accuracy, mean
+recall of cells (a class on a device) by their number of training images. Values are means over seeds; intervals are
+95%, over patients and seeds, differences paired by both."""
 
 
 def write_results(name: str, cells: Sequence[Cell], work: Path, out: Path, replicates: int) -> None:
@@ -136,8 +139,8 @@ def group_tables(title: str, numbers: Json) -> list[Table]:
     main = [arm for arm in numbers["values"] if not arm.startswith(tuple(ABLATIONS))]
     if main and not title.startswith("without-"):
         made += [values_table(title, numbers, main), gains_table(title, numbers, main, LOSS)]
-        made += [gains_table(title, numbers, main, PLAIN), devices_table(title, numbers, main)]
-        made.append(costs_table(title, numbers, main))
+        made += [gains_table(title, numbers, main, base) for base in (PLAIN, BALANCED)]
+        made += [devices_table(title, numbers, main), costs_table(title, numbers, main)]
     for start, base in ABLATIONS.items():
         own = [arm for arm in numbers["values"] if arm.startswith(start)]
         if own:

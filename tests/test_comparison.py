@@ -109,3 +109,87 @@ def test_a_method_listed_twice_needs_a_label(tmp_path: Path) -> None:
     assert metrics["methods"] == ["fedavg", "ditto", "ditto-strong"]
     assert run_path(folder.path, plans["ditto-strong"][0]).name == "ditto-strong-seed0"
     assert "ditto-strong" in (folder.path / "report.html").read_text(encoding="utf-8")
+
+
+def test_settings_of_the_study_can_be_changed_for_one_method() -> None:
+    methods: list[dict[str, Any]] = [
+        {"name": "fedavg", "label": "focal", "set": {"task.loss": "focal"}},
+        {"name": "fedprox", "set": {"training.lr": 0.3, "model": {"name": "toys:two_layers"}}},
+        {"name": "fedavg", "label": "styles", "set": {"synthesis.style": 0.25, "synthesis.generator": []}},
+        {"name": "fedavg", "label": "hidden", "set": {"aggregation": "masked"}},
+    ]
+    study = toy_study("fedavg", compare={"methods": methods, "seeds": [4]}, aggregation={"weight": "uniform"})
+    plans = {name: studies[0] for name, studies in planned(study).items()}
+    assert {name: one.task.loss for name, one in plans.items()} == {
+        "fedavg": "auto",
+        "focal": "focal",
+        "fedprox": "auto",
+        "styles": "auto",
+        "hidden": "auto",
+    }
+    assert [(one.training.lr, one.model.name) for one in (plans["focal"], plans["fedprox"])] == [
+        (0.1, "toys:linear"),
+        (0.3, "toys:two_layers"),
+    ]
+    assert plans["fedavg"].synthesis is plans["focal"].synthesis is None
+    styled = plans["styles"].synthesis
+    assert styled is not None
+    assert (styled.style, styled.generator, styled.floor) == (0.25, [], 5)
+    assert plans["hidden"].aggregation.backend == "masked"
+    assert plans["hidden"].aggregation.weight == "uniform", "the name of a backend changes the backend alone"
+    assert {one.seed for one in plans.values()} == {4}
+    assert len({one.digest for one in plans.values()}) == 5
+
+
+def test_a_change_is_judged_with_its_own_method_and_not_with_the_studys() -> None:
+    """Scaffold, the study's own, takes no momentum; fedavg does."""
+    entry: dict[str, Any] = {"name": "fedavg", "set": {"training.momentum": 0.9}}
+    plans = planned(toy_study("scaffold", compare={"methods": [entry]}))
+    assert plans["fedavg"][0].training.momentum == 0.9
+    assert plans["scaffold"][0].training.momentum == 0
+    wrong = {"name": "scaffold", "label": "again", "set": {"training.momentum": 0.9}}
+    with pytest.raises(StudyError, match="scaffold"):
+        planned(toy_study("fedavg", compare={"methods": [wrong]}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data.split.seed": 3}, "set cannot change 'data.split.seed'.*same images and be judged alike.*task.loss"),
+        ({"task.classes": ["a", "c"]}, "set cannot change 'task.classes'"),
+        ({"task": {"loss": "focal"}}, "set cannot change 'task'"),
+        ({"evaluation.select": "best"}, "set cannot change 'evaluation.select'"),
+        ({"seed": 3}, "set cannot change 'seed'"),
+        ({"method.rounds": 3}, "set cannot change 'method.rounds'"),
+        ({"modell.width": 3}, "set cannot change 'modell.width'"),
+        ({"training.batchsize": 3}, r"set training.batchsize.*no such key. Did you mean 'batch_size'"),
+        ({"training.lr.x": 3}, "set training.lr.x: there is no training.lr.x in the study"),
+        ({"training.lr": "fast"}, "set training.lr.*valid number"),
+        ({"task.loss": "dice-ce"}, "dice-ce compares masks"),
+        (["task.loss"], "set holds overrides as {key.path: value}"),
+        ("task.loss=focal", "set holds overrides"),
+    ],
+)
+def test_changes_that_are_refused(changes: Any, words: str) -> None:
+    study = toy_study("fedavg", compare={"methods": [{"name": "fedprox", "set": changes}]})
+    with pytest.raises(StudyError, match=f"(?s){words}") as caught:
+        planned(study)
+    assert "compare.methods" in str(caught.value) or "dice-ce" in str(caught.value)
+
+
+def test_a_comparison_with_changes_runs_and_goes_on(tmp_path: Path) -> None:
+    entry: dict[str, Any] = {
+        "name": "fedavg",
+        "label": "prior",
+        "set": {"task.loss": "logit-adjusted", "training.lr": 0.2},
+    }
+    study = toy_study("fedavg", compare={"methods": [entry]}, training={"batch_size": 4})
+    folder = RunFolder(tmp_path / "c")
+    folder.create(study)
+    metrics = run_comparison(study, sites(), folder)
+    assert set(metrics["table"]) == {"fedavg", "prior"}
+    (folder.path / "metrics.json").unlink()
+    again = RunFolder(tmp_path / "c")
+    assert again.study().compare == study.compare
+    assert json.dumps(run_comparison(study, sites(), again)["table"]) == json.dumps(metrics["table"])
+    assert RunFolder(tmp_path / "c" / "runs" / "prior-seed0").study().training.lr == 0.2

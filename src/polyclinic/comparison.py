@@ -99,7 +99,7 @@ def check_sites(plans: Mapping[str, Sequence[Study]], sites: Mapping[str, SiteDa
     """Raise DataError for images that one of the methods cannot train on, StudyError for sums that cannot be hidden."""
     for studies in plans.values():
         method = make_method(studies[0])
-        Aggregation(studies[0], method, sorted(sites))
+        Aggregation(method.study, method, sorted(sites))
         for data in sites.values():
             method.check_data(data)
 

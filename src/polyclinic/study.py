@@ -575,7 +575,7 @@ def with_method(study: Study, method: str | Mapping[str, Any], seed: int) -> Stu
     from polyclinic.methods import check_combination, method_class, params_class, parse_params
 
     wanted = {"name": method} if isinstance(method, str) else dict(method)
-    changes = wanted.pop("set", {})
+    changes: Any = wanted.pop("set", {})
     study = _with_own_settings(study, changes)
     name = wanted.get("name")
     if not isinstance(name, str):

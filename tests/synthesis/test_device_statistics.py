@@ -149,7 +149,7 @@ def test_noise_is_of_the_stated_size_and_has_no_bias() -> None:
 
 
 def test_noisy_counts_are_no_less_than_nothing_and_tell_no_number_of_images(tmp_path: Path) -> None:
-    data = hospitals({site: {cell: n for cell, n in own.items()} for site, own in OWNED.items()})
+    data = hospitals()
     data["north"] = hospital("north", OWNED["north"], images=4)
     cells, styles = gathered(exchange_of(tmp_path, data, synthesis={"epsilon": 0.2}))
     assert cells.patients.tolist() == cells.images.tolist(), "of images only the noisy patients are known"

@@ -185,23 +185,20 @@ def test_samples_without_weight_are_as_none_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+def passed(extra: Supplement | None) -> tuple[list[Tensor], int]:
+    """All batches that go through the network, and the number of steps."""
+    batches: list[Tensor] = []
+    model = linear()
+    model.register_forward_pre_hook(lambda _m, given: batches.append(given[0].clone()))
+    steps: int = trained(model, site_data("north", 24), extra=extra, lr=0.0, batch_size=5).steps
+    return batches, steps
+
+
 def test_samples_leave_the_number_of_steps_and_the_order_of_images() -> None:
-    seen: list[list[Tensor]] = []
-    for extra in (None, supplement()):
-        inputs: list[Tensor] = []
-
-        def note(parameters: Any, gradients: Any) -> None:
-            inputs.append(gradients[0].clone())
-
-        data, model = site_data("north", 24), linear()
-        settings = TrainingSettings(lr=0.0, batch_size=5)
-        task = make_task(TaskSettings(classes=["a", "b"]), settings)
-        passed: list[Tensor] = []
-        model.register_forward_pre_hook(lambda _m, given: passed.append(given[0].clone()))
-        assert train(model, data, task, settings, lr=0.0, seed=5, supplement=extra, adjust=note).steps == len(inputs)
-        seen.append(passed if extra is None else passed[::2])
-    assert len(seen[0]) == len(seen[1])
-    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    (alone, wanted), (beside, steps) = passed(None), passed(supplement())
+    assert steps == wanted == len(alone) == len(beside) / 2
+    assert all(torch.equal(a, b) for a, b in zip(alone, beside[::2], strict=True))
+    assert {len(batch) for batch in beside[1::2]} == {2}, "of 5 images 5 / 3"
 
 
 def cnn() -> nn.Module:

@@ -133,6 +133,20 @@ def test_what_synthesis_cannot_do(sections: dict[str, Any], words: str) -> None:
     assert words in str(caught.value)
 
 
+def test_more_sites_than_a_hidden_sum_adds_are_refused_though_few_take_part_in_a_round(tmp_path: Path) -> None:
+    """Of 18 sites 5 train in a round, which can be summed; the exchange asks all."""
+    data = hospitals({f"s{i:02d}": {("a", "bright"): 5} for i in range(18)})
+    method = {"name": "fedavg", "rounds": 1, "participation": 0.3}
+    with pytest.raises(StudyError, match=r"masked: an exchange of samples asks all 18 sites.*adds 16 at most"):
+        started(hospital_study(method, synthesis=FEATURES, aggregation="masked"), tmp_path, data)
+    started(hospital_study(method, aggregation="masked"), tmp_path / "without", data)
+    own = hospital_study({**method, "name": "fedssg"}, aggregation="masked", compare={"methods": ["fedavg"]})
+    folder = RunFolder(tmp_path / "compared")
+    folder.create(own)
+    with pytest.raises(StudyError, match="asks all 18 sites"):
+        run_comparison(own, data, folder)
+
+
 @pytest.mark.parametrize("kind", ["multi-label", "segmentation"])
 def test_fedssg_on_another_task_is_refused_for_what_it_is(kind: str) -> None:
     with pytest.raises(StudyError) as caught:

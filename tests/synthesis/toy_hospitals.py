@@ -1,4 +1,4 @@
-"""Hospitals whose images show class and device in plain colours, with validation and test images, and a study of them."""
+"""Hospitals whose images show class and device in plain colours, some of them held out, and a study of them."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def test_fedlc_by_hand() -> None:
     assert logits.grad.tolist()[0] == pytest.approx([1 / 4, -1 / 4, 0])
 
 
-@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=8), st.floats(0, 3))
+@given(st.lists(st.just(0.0) | st.floats(1e-3, 1e6), min_size=2, max_size=8), st.floats(0, 3))
 def test_shifts_favour_rare_classes_and_none_favours_at_strength_0(counts: list[float], tau: float) -> None:
     numbers = torch.tensor(counts)
     adjusted, margins = logit_adjustment(numbers, tau), fedlc_margins(numbers, tau)

@@ -68,7 +68,7 @@ def parse_params(value: Any) -> MethodParams:
 
 
 def make_method(study: Study) -> Method:
-    """The method that the study names, with its settings; its ``study`` is the one to run, with all left open filled in."""
+    """The method that the study names; its ``study`` is the one to run, with all left open filled in."""
     found = method_class(study.method.name)
     method = found(found.adapted(study))
     if method.study.synthesis is None or method.study.synthesis.of_kind("features") is None:

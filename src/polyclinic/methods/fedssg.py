@@ -4,8 +4,8 @@ Pavan, Caligiuri, Barbato, Zanuttigh: Federated medical image classification und
 synthetic sample generation. ICPR 2026. arXiv 2604.26324.
 
 Of the paper (its abstract): samples are generated and distributed over sites so that rare pathologies and
-under-represented imaging devices are both covered; a class-conditional generator; little work at sites. Its formulas and
-numbers are not public. Ours: everything in ``polyclinic.synthesis``, and the logit-adjusted loss.
+under-represented imaging devices are both covered; a class-conditional generator; little work at sites. Its formulas
+and numbers are not public. Ours: everything in ``polyclinic.synthesis``, and the logit-adjusted loss.
 
 It is a combination, not more: ``method: fedavg`` with ``synthesis`` and ``task.loss: logit-adjusted`` is the same, and
 other methods take the same two settings.

@@ -31,7 +31,8 @@ class Aggregation:
 
     Args:
         study: The study.
-        method: Its method, or its exchange. One that sums nothing (``local``) or over one pretended site (``pooled``) stays plain.
+        method: Its method, or its exchange. One that sums nothing (``local``) or over one pretended site (``pooled``)
+            stays plain.
         sites: Names of the sites.
 
     Attributes:
@@ -130,4 +131,10 @@ def check_cohort(study: Study, method: Summing, sites: int) -> None:
         raise StudyError(
             f"aggregation.backend {backend}: {cohort} of {sites} sites take part in a round; a secure sum needs "
             f"{fewest} to {MOST}. Change method.participation or the sites, or use aggregation.backend: plain."
+        )
+    if study.synthesis is not None and sites > MOST:
+        raise StudyError(
+            f"aggregation.backend {backend}: an exchange of samples asks all {sites} sites, whatever "
+            f"method.participation says, but a secure sum adds {MOST} at most. Leave synthesis out, or use "
+            "aggregation.backend: plain."
         )

@@ -10,7 +10,8 @@ from polyclinic.settings import Settings
 
 
 class PrivateTraining(Settings):
-    """DP-SGD for the generator: its unit is the patient."""
+    """DP-SGD for the generator: its unit is the patient. It takes all training images, whatever ``floor``, and its
+    noise does not follow from the study's seed."""
 
     epsilon: float = Field(8.0, gt=0)
     """Largest ε over all rounds and steps together; the noise is searched for it."""
@@ -28,7 +29,7 @@ class VAESettings(Settings):
     """``sites``: trained over the sites in rounds. ``server``: trained on ``public`` images by the server alone; sites
     send means and variances of each cell in its latent space, once."""
     public: str = ""
-    """server: a folder of public images, relative to ``data.root``."""
+    """server: a folder of public images (PNG, JPEG), relative to ``data.root``; of more than 5000 so many are drawn."""
     size: int = Field(32, ge=16, le=64, multiple_of=8)
     """Height and width of generated images in pixels."""
     latent: int = Field(32, ge=2, le=512)

@@ -1,8 +1,8 @@
 """Gaussians of the trained network's features by class and device; its last layer is trained anew on draws from them.
 
-CCVR (Luo et al., NeurIPS 2021, arXiv 2106.05001) has one Gaussian per class; that is ``devices: false``. With devices it
-is a reconstruction (sheet 2.6): cell means are shrunk to ``a_c + b_d``, so that cells nobody owns have one as well, and
-a class's covariance is shrunk to the pooled one. Seconds of CPU; sites make one forward pass.
+CCVR (Luo et al., NeurIPS 2021, arXiv 2106.05001) has one Gaussian per class; that is ``devices: false``. With devices
+it is a reconstruction (sheet 2.6): cell means are shrunk to ``a_c + b_d``, so that cells nobody owns have one as well,
+and a class's covariance is shrunk to the pooled one. Seconds of CPU; sites make one forward pass.
 """
 
 from __future__ import annotations
