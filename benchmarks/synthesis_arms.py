@@ -20,7 +20,7 @@ OPEN_GATE["copy_quantile"] = 0.999999
 OPENED = "fedssg, VAE at sites, gate open"
 """Not for use: it says what samples would do if none were refused."""
 EARLY = {"skin": 8, "phantom": 20}
-LATE = {"skin": 40, "phantom": 60}
+LATE = {"skin": 30, "phantom": 60}
 CUT = 20
 """Rounds with the rare diagnoses cut further."""
 ELSEWHERE = 10
@@ -71,14 +71,14 @@ def arms(kind: str, public: Path) -> dict[str, Changes]:
     }
 
 
-MINOR = ("local", "fedprox", "focal", "fedlc", "fedbn")
-"""Early alone: time is short."""
 BALANCED_MINOR = ("balanced batches", "balanced, amplitude mix", "balanced, Gaussians, class + device")
 BALANCED_MINOR += ("balanced, pooled",)
-"""Likewise on the phantom."""
-CUT_ARMS = ("fedavg", "logit adjustment", "fedssg", "amplitude mix", "Gaussians, class", "Gaussians, class + device")
-CUT_ARMS += ("fedssg, VAE at sites", OPENED, "fedssg, VAE + features + amplitude", "fediic")
-CUT_ARMS += ("pooled + logit adjustment", "balanced, logit adjustment", "balanced, fedssg", "balanced, amplitude mix")
+"""Early alone, and on the real images alone: time is short."""
+MINOR = ("focal", "fedlc", "creff", "harmonise + logit adjustment", *BALANCED_MINOR)
+"""Early alone."""
+CUT_ARMS = ("fedavg", "logit adjustment", "fedssg", "amplitude mix", "Gaussians, class + device")
+CUT_ARMS += ("fedssg, VAE at sites", OPENED, "fedssg, amplitude", "pooled + logit adjustment")
+CUT_ARMS += ("balanced, logit adjustment", "balanced, fedssg")
 CUT_EARLY_ARMS = ("fedavg", "logit adjustment", "fedssg", "amplitude mix", "Gaussians, class + device")
 CUT_EARLY_ARMS += ("balanced, logit adjustment", "balanced, fedssg")
 ELSEWHERE_ARMS = ("fedavg", "logit adjustment", "amplitude mix", "Gaussians, class + device", "fedssg")
@@ -108,8 +108,6 @@ def vae_ablations(kind: str) -> dict[str, Changes]:
         "no style": {"style": 0.0},
         "weight constant": {"training": {"ramp": 0.0, "until": 1.0}},
         "weight 1": {"training": {"weight": 1.0}},
-        "a sample per image": {"training": {"real_per_synthetic": 1.0}},
-        "no borrowing": {"plan": {"borrow": 0.0}},
     }
     made = {f"VAE: {name}": samples([vae(kind)], gate=OPEN_GATE, **change) for name, change in changes.items()}
     return made | {"VAE: cross-entropy": {**samples([vae(kind)], gate=OPEN_GATE), "task.loss": "cross-entropy"}}
@@ -124,13 +122,14 @@ def planned(public: Path, seeds: list[int], quick: bool) -> list[Cell]:
             *_cells("skin", 3, _some(skin, QUICK_ARMS), seeds),
             *_cells("without-vienna_dias", 3, _some(skin, ("logit adjustment", "fedssg")), seeds),
         ]
-    major = tuple(name for name in skin if name not in (*MINOR, OPENED))
-    fewer = tuple(name for name in major if name not in BALANCED_MINOR)
+    early = tuple(name for name in skin if name != OPENED)
+    late = tuple(name for name in early if name not in MINOR)
+    made_up = {name: changes for name, changes in phantom.items() if name not in BALANCED_MINOR}
     cells = [
-        *_cells("skin", EARLY["skin"], _some(skin, (*major, *MINOR)), seeds),
-        *_cells("phantom", EARLY["phantom"], phantom, seeds),
-        *_cells("skin", LATE["skin"], _some(skin, (*major, "local")), seeds),
-        *_cells("phantom", LATE["phantom"], _some(phantom, fewer), seeds),
+        *_cells("skin", EARLY["skin"], _some(skin, early), seeds),
+        *_cells("phantom", EARLY["phantom"], made_up, seeds),
+        *_cells("skin", LATE["skin"], _some(skin, late), seeds),
+        *_cells("phantom", LATE["phantom"], _some(phantom, late), seeds),
         *_cells("skin-cut", CUT, _some(skin, CUT_ARMS), seeds),
         *_cells("skin-cut", EARLY["skin"], _some(skin, CUT_EARLY_ARMS), seeds),
         *_cells("phantom", EARLY["phantom"], vae_ablations("phantom"), seeds),
