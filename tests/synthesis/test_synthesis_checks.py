@@ -95,6 +95,7 @@ def test_a_comparison_with_and_without_an_exchange_runs(tmp_path: Path) -> None:
     study = hospital_study(
         {"name": "fedssg", "rounds": 1, "synthesis": FEATURES},
         compare={"methods": ["fedavg", "local", "pooled", "data-vectors"]},
+        evaluation={"bootstrap": 0, "every": 0, "examples": 0},
     )
     folder = RunFolder(tmp_path)
     folder.create(study)
