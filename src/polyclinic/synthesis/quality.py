@@ -88,8 +88,8 @@ def keep(features: Tensor, labels: Tensor, sums: HeadSums, *, least: float = LEA
     In this order: a sample whose class is less than ``least`` times as probable as the likeliest class, by linear
     discriminants (classes equally frequent beforehand, so rare ones are not dropped for being rare); one whose distance
     from the centre of the real images of its class is above the quantile of those of all samples of the class; and one
-    that nearly equals an earlier sample of its class that stays. A class of at most ``1 / (1 - quantile)`` samples loses
-    none for being far.
+    that nearly equals an earlier sample of its class that stays. A class of at most ``1 / (1 - quantile)`` samples
+    loses none for being far.
 
     Args:
         features: Of the samples, ``[n, F]``.
