@@ -63,6 +63,8 @@ class TerminalObserver:
         self._show(what, done, total, "")
         if done == total:
             self._drop(what)
+            if not self._live:
+                self._console.print(f"{what}: finished")
 
     def run_started(self, study: Study, sites: list[str], finished: int) -> None:
         """Training begins, or goes on after ``finished`` rounds."""

@@ -7,7 +7,7 @@ import resource
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -187,6 +187,7 @@ class Run:
             self.aggregation.credentials,
             folder.path,
             exchanged if self.exchange else None,
+            on_call=self._told,
         )
         cases = {name: data.cases for name, data in sites.items()}
         if folder.checkpoint.is_file():
@@ -253,8 +254,19 @@ class Run:
             "leaves": {op: [_leaf(leaf) for leaf in entry.leaves] for op, entry in ops.items()},
         }
 
+    def _told(self, op: str, site: str, reply: Message) -> None:
+        loss = reply.scalars.get("loss")
+        if loss is not None:
+            self.losses[site] = float(loss)
+        self.observer.called(op, site, self.channel.round, None if loss is None else float(loss))
+
     def _local_channel(
-        self, ops: Mapping[str, Op], credentials: Mapping[str, Credentials], folder: Path, exchanged: Path | None = None
+        self,
+        ops: Mapping[str, Op],
+        credentials: Mapping[str, Credentials],
+        folder: Path,
+        exchanged: Path | None = None,
+        on_call: Callable[[str, str, Message], None] | None = None,
     ) -> LocalChannel:
         """Sites with these ops, whose states lie below ``folder``."""
         study = self.study
@@ -279,17 +291,11 @@ class Run:
                 POOLED_SITE, SiteData.concat([self.data[n] for n in sorted(self.data)], POOLED_SITE)
             )
 
-        def told(op: str, site: str, reply: Message) -> None:
-            loss = reply.scalars.get("loss")
-            if loss is not None:
-                self.losses[site] = float(loss)
-            self.observer.called(op, site, self.channel.round, None if loss is None else float(loss))
-
         return LocalChannel(
             {name: make(name, data) for name, data in self.data.items()},
             hidden=hidden,
             tolerant=study.federation.on_absent == "continue",
-            on_call=told,
+            on_call=on_call,
         )
 
     def _record(self, number: int, found: Mapping[str, Any], seconds: float) -> Json:

@@ -165,6 +165,8 @@ class Exchange:
         features = frozen_features(self._bench.model, samples.images, self.study.data.image)
         kept = keep(features, samples.labels, known)
         state.scalars["quality"] = json.dumps({"candidates": len(lines), "dropped": kept.dropped})
+        if not kept.mask.any():
+            self._note(state, "the filter dropped every candidate: the generator may need more rounds or more images")
         return lines.only(kept.mask)
 
     def _decoded(self, state: ServerState, lines: Samples) -> Tensor:
