@@ -204,6 +204,7 @@ def test_a_device_whose_noisy_count_came_to_nothing_has_no_style(tmp_path: Path)
     arrays["plan/styles"] = torch.stack([message.arrays["plan/styles"][0], torch.zeros(3, 3, 3)])
     assert run.exchange is not None
     site = run.exchange._channel._channel._sites["north"]  # type: ignore[attr-defined]
+    (site.state.folder / "answered.json").unlink()  # as if it had not received yet
     site._ops["receive"].run(site, Message(arrays, message.scalars))
     kept = Shelf.load(site.state)
     assert kept is not None

@@ -272,7 +272,7 @@ def test_a_rare_class_of_few_patients_is_copied() -> None:
     assert not result.accepted[100:].any()
     rare = [row for row in result.rows if row["class"] == "rare"]
     assert [row["passed"] for row in rare] == [None, None]
-    assert all("6 training and 2 held-out patients" in row["why"] and row["closer"] is None for row in rare)
+    assert all("too few training or held-out patients" in row["why"] and row["closer"] is None for row in rare)
     assert rare[0]["copies"] == 30
 
 
@@ -334,10 +334,14 @@ def test_classes_that_the_site_does_not_own_are_not_judged() -> None:
     _, train, holdout = sides(0)
     stolen = copied(train, torch.arange(10))
     foreign = images(stolen.spaces["pixels"], torch.full((10,), 3))
-    result = judge(foreign, train, holdout, SETTINGS, 0)
+    other = images(strangers(Toys(7), [0] * 10).spaces["pixels"] + 9, torch.full((10,), 3))
+    result = judge(other, train, holdout, SETTINGS, 0)
     assert result.accepted.all()
     assert result.refused == {}
     assert result.rows == []
+    copies = judge(foreign, train, holdout, SETTINGS, 0)
+    assert not copies.accepted.any(), "a copy of a patient, whatever class it was made for"
+    assert copies.refused == {"copy": 10}
 
 
 def test_no_candidates() -> None:
@@ -371,7 +375,7 @@ def test_with_few_training_patients_nothing_goes() -> None:
 def test_a_patient_on_both_sides_is_refused() -> None:
     toys, train, holdout = sides(0)
     both = GateImages(holdout.spaces, holdout.labels, holdout.devices, [train.patients[0], *holdout.patients[1:]])
-    with pytest.raises(DataError, match="first: 'p0'"):
+    with pytest.raises(DataError, match="^1 patients are both in training and held out; "):
         judge(strangers(toys, [0]), train, both, SETTINGS, 0)
 
 

@@ -73,8 +73,12 @@ def _frame(axes: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
     axes.set_xlim(-0.5, max(len(columns), 1) - 0.5)
     axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     small = 8 if len(columns) > 5 else 9
-    axes.set_xticks(range(len(columns)), [_wrapped(name, len(columns)) for name in columns], fontsize=small)
-    axes.set_yticks(range(len(rows)), [textwrap.fill(name, _LETTERS) for name in rows], color=INK, fontsize=9)
+    axes.set_xticks(
+        range(len(columns)), [_wrapped(name, len(columns)) for name in columns], fontsize=small, parse_math=False
+    )
+    axes.set_yticks(
+        range(len(rows)), [textwrap.fill(name, _LETTERS) for name in rows], color=INK, fontsize=9, parse_math=False
+    )
     axes.grid(False)
     for side in axes.spines.values():
         side.set_visible(False)

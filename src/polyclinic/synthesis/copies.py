@@ -11,7 +11,15 @@ ENOUGH = 200
 """Training images of a class whose distances to other patients say where a copy begins; with fewer, those of all do."""
 
 
-def find_copies(candidates: Tensor, labels: Tensor, train: ByPatient, train_labels: Tensor, quantile: float) -> Tensor:
+def find_copies(
+    candidates: Tensor,
+    labels: Tensor,
+    train: ByPatient,
+    train_labels: Tensor,
+    quantile: float,
+    *,
+    near: bool = False,
+) -> Tensor:
     """Candidates that are nearer to a training image than another patient's image would be.
 
     Two numbers of each candidate are looked at: its distance to the nearest training patient, which finds copies, and
@@ -31,6 +39,7 @@ def find_copies(candidates: Tensor, labels: Tensor, train: ByPatient, train_labe
         train: At least three patients, so that each has a second nearest.
         train_labels: int64 ``[n]``.
         quantile: Near 1.
+        near: Look at the distance alone: for candidates of classes that the patients do not have.
 
     Returns:
         bool ``[m]``.
@@ -45,7 +54,8 @@ def find_copies(candidates: Tensor, labels: Tensor, train: ByPatient, train_labe
             lines[c] = others[train_labels == c].quantile(1 - quantile, dim=0)
     for c in sorted(set(labels.tolist())):
         here = labels == c
-        found[here] = (own[here] < lines.get(c, overall)).any(1)
+        below = own[here] < lines.get(c, overall)
+        found[here] = below[:, 0] if near else below.any(1)
     return found
 
 

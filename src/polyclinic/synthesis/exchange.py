@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyclinic.errors import SiteError
+from polyclinic.errors import MessageError, SiteError
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Leaf, Op, Site, Workbench
@@ -36,12 +36,14 @@ from polyclinic.synthesis.frozen import frozen_features
 from polyclinic.synthesis.gate import vet
 from polyclinic.synthesis.generators import image_generator
 from polyclinic.synthesis.generators.amplitude import restyled_images
+from polyclinic.synthesis.once import once
 from polyclinic.synthesis.plan import Plan, split_by_owner, water_filling
-from polyclinic.synthesis.pool import Bounds, Samples, unpack
+from polyclinic.synthesis.pool import MOST_BYTES, MOST_SAMPLES, Bounds, Samples, unpack
 from polyclinic.synthesis.quality import feature_sums, keep
 from polyclinic.synthesis.share import choose, quota
 from polyclinic.synthesis.shelf import Shelf, sized
 from polyclinic.synthesis.statistics import gather, statistics_ops
+from polyclinic.synthesis.verdict import checked_verdict
 from polyclinic.vectors.head import HeadSums
 
 Json = dict[str, Any]
@@ -108,8 +110,9 @@ class Exchange:
 
     def budget(self, state: ServerState) -> int:
         """Samples in all; none where only features are drawn."""
-        makes_images = any(entry.name != "features" for entry in self.settings.generator)
-        return int(self.settings.plan.budget * self.cells(state).images.sum()) if makes_images else 0
+        if not any(entry.name != "features" for entry in self.settings.generator):
+            return 0
+        return min(int(self.settings.plan.budget * self.cells(state).images.sum()), self._most)
 
     def plan(self, state: ServerState) -> Plan:
         """How many samples of which cell: a function of the counts."""
@@ -183,8 +186,9 @@ class Exchange:
         )
         accepted, verdicts = torch.ones(len(lines), dtype=torch.bool), {}
         for site, reply in channel.stream("examine", dict.fromkeys(channel.sites, message)):
-            accepted &= _flags(site, reply.group("verdict")["accepted"], len(lines))
-            verdicts[site] = json.loads(str(reply.scalars["report"]))
+            accepted &= _flags(site, reply.group("verdict").get("accepted"), len(lines))
+            told = str(reply.scalars.get("report", ""))
+            verdicts[site] = checked_verdict(site, told, self.study.task.classes, _devices(message))
         missing = sorted(set(channel.sites) - set(verdicts))
         if missing:
             accepted[:] = False
@@ -239,27 +243,31 @@ class Exchange:
 
     def sum_features(self, site: Site, message: Message) -> Message:
         """Sums over the features that the start network sees in the site's images."""
+        once(site, "sum-features", message)
         own = own_images(site.data, _devices(message), self.settings.floor)
         return feature_sums(site, own, self._side)
 
     def examine(self, site: Site, message: Message) -> Message:
         """The memorisation gate, on the site's own patients."""
         assert self.generator is not None
+        once(site, "examine", message)
         lines = unpack(message, self._bounds(site, message))
         images = self.generator.decode(message.group("decoder"), lines.labels, lines.devices, lines.seeds)
         devices = _devices(message)
         result = vet(site, lines.with_images(images), devices, self.settings)
-        return Message.pack(
-            {"verdict": {"accepted": result.accepted.to(torch.uint8)}}, report=json.dumps(result.as_json())
-        )
+        # Where sums are hidden or counts noisy, they must not leave beside it.
+        counts = self.study.aggregation.backend == "plain" and not self.settings.epsilon
+        report = json.dumps(result.as_json(self.settings.floor, counts=counts))
+        return Message.pack({"verdict": {"accepted": result.accepted.to(torch.uint8)}}, report=report)
 
     def receive(self, site: Site, message: Message) -> Message:
         """Take what the site lacks of the released samples, restyle own images for cells nobody owns, keep both.
 
         How many of the released it took is all that it answers, and that does not depend on cells below the floor.
         """
+        once(site, "receive", message)
         devices = _devices(message)
-        told = message.group("plan")
+        told = self._told_plan(site, message)
         samples = unpack(message, self._bounds(site, message))
         own, _ = count_cells(own_images(site.data, devices, self.settings.floor), len(site.task.classes), len(devices))
         level = float(message.scalars["level"])
@@ -295,8 +303,37 @@ class Exchange:
         ).save(site.state)
         return Message(scalars={"samples": len(taken)})
 
+    def _told_plan(self, site: Site, message: Message) -> dict[str, Tensor]:
+        """The plan as it came, looked at.
+
+        Raises:
+            MessageError: An array is missing, of another type or shape, or out of range.
+        """
+        cells = (len(site.task.classes), len(_devices(message)))
+        side = 2 * self.settings.window + 1
+        style = (cells[1], int(site.data.picture(0).shape[0]), side, side)
+        told = message.group("plan")
+        wanted = {"wanted": (torch.int64, cells), "patients": (torch.int64, cells), "styles": (torch.float32, style)}
+        for name, (kind, shape) in wanted.items():
+            array = told.get(name)
+            if array is None or array.dtype != kind or tuple(array.shape) != shape:
+                raise MessageError(f"{name} of the plan is not {kind} of shape {shape}. The message was not used.")
+            most = 1 if name == "styles" else MOST_BYTES
+            if array.numel() and not bool(((array >= 0) & (array <= most)).all()):
+                raise MessageError(f"{name} of the plan is not between 0 and {most}. The message was not used.")
+        return told
+
     def _bounds(self, site: Site, message: Message) -> Bounds:
         return Bounds(len(site.task.classes), len(_devices(message)), int(site.data.picture(0).shape[0]))
+
+    @property
+    def _most(self) -> int:
+        """Samples that sites would take in a message, and as candidates."""
+        vae = self.settings.of_kind("vae")
+        if vae is None:
+            return MOST_SAMPLES
+        each = int(self.study.data.image.channels * vae.size**2) if self.settings.share.form == "images" else 1
+        return min(MOST_SAMPLES // CANDIDATES, MOST_BYTES // each)
 
     @property
     def _side(self) -> int:
@@ -323,7 +360,9 @@ def _devices(message: Message) -> tuple[str, ...]:
     return tuple(json.loads(str(message.scalars["devices"])))
 
 
-def _flags(site: str, flags: Tensor, count: int) -> Tensor:
+def _flags(site: str, flags: Tensor | None, count: int) -> Tensor:
+    if flags is None:
+        raise SiteError(f"site {site!r} answered without a verdict. Its program is of another version.")
     if flags.dtype != torch.uint8 or tuple(flags.shape) != (count,):
         raise SiteError(
             f"site {site!r} answered for {tuple(flags.shape)} candidates of type {flags.dtype}, asked were {count} as "

@@ -7,7 +7,7 @@ distance tests alone prove nothing (arXiv 2505.01524), so membership inference i
 Two kinds of verdict:
 
 - **A copy** is refused by itself: a candidate nearer to a training image than another patient's image ever is, or
-  nearly (``copies``).
+  nearly (``copies``), whatever class it was made for.
 - **A group fails** as a whole, and all its candidates are refused: ``class``, ``device`` or ``all``.
 
 When does a group fail? The lines are the sheet's, but a site may have five held-out patients, and with so few a
@@ -85,7 +85,8 @@ class GateResult:
     """A site's verdict.
 
     Attributes:
-        accepted: bool ``[m]``; true as well for candidates of classes that the site does not own: it abstains.
+        accepted: bool ``[m]``; true as well for candidates of classes that the site does not own, but for copies: it
+            abstains.
         refused: Candidates by reason, each once, under the first that holds: ``no hold-out``, ``few patients``,
             ``copy``, ``all``, ``class``, ``device``.
         rows: One per space and group, plain values for a JSON file.
@@ -95,9 +96,15 @@ class GateResult:
     refused: dict[str, int]
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
-        """Counts and rows; ``accepted`` counts the candidates of the site's own classes and those it abstains on."""
-        return {"accepted": int(self.accepted.sum()), "refused": dict(self.refused), "rows": self.rows}
+    def as_json(self, floor: int = 0, *, counts: bool = True) -> dict[str, Any]:
+        """Counts and rows; ``accepted`` counts the candidates of the site's own classes and those it abstains on.
+
+        Args:
+            floor: Fewer images of patients are not told.
+            counts: Say how many images of patients a row is about, and what tells it.
+        """
+        rows = [_told(row, floor) if counts else _without_counts(row) for row in self.rows]
+        return {"accepted": int(self.accepted.sum()), "refused": dict(self.refused), "rows": rows}
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ def judge(
     """Judge candidates by the patients of one site.
 
     Args:
-        candidates: Of any class; those of classes without training images are accepted unseen.
+        candidates: Of any class; those of classes without training images are accepted unless they are copies.
         train: What the generator may have been trained on.
         holdout: Images of other patients, drawn by chance from the same.
         settings: Lines.
@@ -138,16 +145,29 @@ def judge(
     """
     if both := sorted(set(train.patients) & set(holdout.patients)):
         raise DataError(
-            f"{len(both)} patients are both in training and held out (first: {both[0]!r}); what a generator remembers "
-            "cannot be told then. Split the data by patient."
+            f"{len(both)} patients are both in training and held out; what a generator remembers cannot be told then. "
+            "Split the data by patient."
         )
     own = torch.isin(candidates.labels, train.labels)
     accepted = torch.ones(len(own), dtype=torch.bool)
-    if not bool(own.any()):
+    if len(train.labels) == 0:
         return GateResult(accepted, {})
     reasons, rows = _reasons(candidates.only(own), train, holdout, settings, seed, names)
     accepted[own] = torch.from_numpy(reasons == "")
-    return GateResult(accepted, dict(Counter(str(reason) for reason in reasons if reason)), rows)
+    accepted[~own] = ~_copies_of_others(candidates.only(~own), train, holdout, settings)
+    refused = Counter(str(reason) for reason in reasons if reason)
+    refused["copy"] += int((~accepted[~own]).sum())
+    return GateResult(accepted, {why: count for why, count in refused.items() if count}, rows)
+
+
+def _copies_of_others(seen: GateImages, train: GateImages, holdout: GateImages, settings: GateSettings) -> Tensor:
+    """Candidates made for classes that the site does not own, and yet copies of its patients, bool ``[m]``."""
+    found = torch.zeros(len(seen.labels), dtype=torch.bool)
+    if len(found) and not _lacking(train, holdout, settings):
+        for space, vectors in seen.spaces.items():
+            side = train.side(space)
+            found |= find_copies(vectors, seen.labels, side, train.labels, settings.copy_quantile, near=True)
+    return found
 
 
 def _reasons(
@@ -160,6 +180,8 @@ def _reasons(
 ) -> tuple[NDArray[np.object_], list[dict[str, Any]]]:
     """Why each candidate is refused, empty where it is not, and the rows."""
     reasons = np.full(len(seen.labels), "", dtype=object)
+    if len(seen.labels) == 0:
+        return reasons, []
     if why := _lacking(train, holdout, settings):
         reasons[:] = NO_HOLDOUT if len(set(holdout.patients)) < settings.holdout else FEW_PATIENTS
         return reasons, [_row(space, _Group(ALL, 0, ALL), (seen, train, holdout), why=why) for space in seen.spaces]
@@ -196,7 +218,7 @@ def _lacking(train: GateImages, holdout: GateImages, settings: GateSettings) -> 
     members, others = len(set(train.patients)), len(set(holdout.patients))
     if min(members, others) >= settings.holdout:
         return ""
-    return f"{members} training and {others} held-out patients; {settings.holdout} of each are needed"
+    return f"too few training or held-out patients; {settings.holdout} of each are needed"
 
 
 def _judged(
@@ -242,6 +264,17 @@ def _row(
         "passed": passed,
         "why": why,
     }
+
+
+def _told(row: dict[str, Any], floor: int) -> dict[str, Any]:
+    small = {name: None for name in ("train", "holdout") if 0 < row[name] < floor}
+    return {**row, **small}
+
+
+def _without_counts(row: dict[str, Any]) -> dict[str, Any]:
+    """One false accusation as a share tells how many patients are held out."""
+    why = "a line is crossed" if row["passed"] is False else row["why"]
+    return {**row, "train": None, "holdout": None, "fpr": None, "why": why}
 
 
 def vet(site: Site, samples: Samples, devices: tuple[str, ...], settings: SynthesisSettings) -> GateResult:

@@ -44,7 +44,7 @@ _AT_ONCE = 32
 _JOURNAL = "generator_privacy.json"
 
 
-def secret_stream(folder: Path, call: str, rounds: int) -> np.random.Generator:
+def secret_stream(folder: Path, call: str, rounds: int, journal_name: str = _JOURNAL) -> np.random.Generator:
     """The site's own randomness for its answer to one call.
 
     The same call gives the same stream, so that a repeated round tells nothing new; another call gives another one.
@@ -54,11 +54,12 @@ def secret_stream(folder: Path, call: str, rounds: int) -> np.random.Generator:
         folder: Where the site keeps its key and the calls that it has answered.
         call: Digest of the message.
         rounds: Different calls that the budget is for.
+        journal_name: Of the file; each budget has one.
 
     Raises:
         SiteError: The budget is spent, or the site's journal is damaged.
     """
-    path = folder / _JOURNAL
+    path = folder / journal_name
     try:
         journal = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         key, answered = str(journal.get("key", "")) or secrets.token_hex(32), [str(x) for x in journal.get("calls", [])]
@@ -67,9 +68,7 @@ def secret_stream(folder: Path, call: str, rounds: int) -> np.random.Generator:
         raise SiteError(f"{path}: the journal of private training is damaged ({error}); nothing was sent.") from error
     if call not in answered:
         if len(answered) >= rounds:
-            raise SiteError(
-                f"the privacy budget of the generator is spent: {rounds} calls were answered, and this is another one."
-            )
+            raise SiteError(f"the privacy budget is spent: {rounds} calls were answered, and this is another one.")
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path, 0o600) as file:
             file.write(json.dumps({"key": key, "calls": [*answered, call]}).encode())

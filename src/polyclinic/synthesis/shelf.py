@@ -12,6 +12,7 @@ from polyclinic.study import Study
 from polyclinic.synthesis.supplement import Supplement, sample_weight
 
 KEY = "shelf"
+_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -60,5 +61,9 @@ def sized(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Samples at the size of a site's images, uint8 ``[m, C, H, W]``."""
     if tuple(images.shape[-2:]) == size or len(images) == 0:
         return images.new_empty((0, images.shape[1], *size)) if len(images) == 0 else images
-    larger = torch.nn.functional.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
-    return larger.round().clamp(0, 255).to(torch.uint8)
+    found = images.new_empty((len(images), images.shape[1], *size))
+    for start in range(0, len(images), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        larger = torch.nn.functional.interpolate(images[part].float(), size=size, mode="bilinear", antialias=True)
+        found[part] = larger.round().clamp(0, 255).to(torch.uint8)
+    return found

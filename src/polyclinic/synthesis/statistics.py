@@ -1,7 +1,8 @@
 """First phase of the exchange: which devices there are, how many patients of each class they have, and their style.
 
 Sums over sites, so that under a hidden sum the server learns only totals. With one device a site, though, a device's
-column is that site's; ``synthesis.epsilon`` adds noise at each site for that case.
+column is that site's; ``synthesis.epsilon`` adds noise at each site for that case. Names of devices have none: a device
+is named where it has a class of ``synthesis.floor`` patients, with noise or without.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from polyclinic.secure.sum import SecureSum
 from polyclinic.study import Study
 from polyclinic.synthesis.amplitude import windows
 from polyclinic.synthesis.cells import Cells, OwnImages, count_cells, own_devices, own_images
+from polyclinic.synthesis.once import once
+from polyclinic.synthesis.private import secret_stream
 
 MOST_DEVICES = 256
 LONGEST_NAME = 64
@@ -36,15 +39,21 @@ def statistics_ops(study: Study) -> dict[str, Op]:
     floor = 1 if settings.epsilon else settings.floor
 
     def enter(site: Site, message: Message) -> Message:
-        return Message(scalars={"devices": json.dumps(own_devices(site.data, floor))})
+        return Message(scalars={"devices": json.dumps(own_devices(site.data, settings.floor))})
 
     def count(site: Site, message: Message) -> Message:
+        once(site, "count-cells", message)
         devices = tuple(json.loads(str(message.scalars["devices"])))
         own = own_images(site.data, devices, floor)
         patients, images = count_cells(own, len(site.task.classes), len(devices))
-        styles = summed_styles(site, own, patients.shape, settings.window)
+        # Of a cell's patients most may count in another one.
+        enough = patients >= floor
+        patients, images = patients * enough, images * enough
+        styles = summed_styles(site, own, patients.shape, settings.window, enough)
         if settings.epsilon:
-            patients, styles = noisy(patients, styles, settings.epsilon)
+            # Asked again, the site says the same: fresh noise could be averaged out.
+            rng = secret_stream(site.state.folder, message.digest(), 1, "counts_privacy.json")
+            patients, styles = noisy(patients, styles, settings.epsilon, rng)
             images = patients  # how many images a patient has is not bounded, so it is not told
         arrays = {
             "patients": torch.from_numpy(patients.astype(np.float64)),
@@ -71,7 +80,7 @@ def gather(channel: Channel, sums: SecureSum, study: Study) -> tuple[Cells, Tens
     """
     devices: set[str] = set()
     for site, reply in channel.call("enter", dict.fromkeys(channel.sites, Message())).items():
-        devices |= _checked(site, str(reply.scalars["devices"]))
+        devices |= device_names(site, str(reply.scalars.get("devices", "")))
     if not devices:
         assert study.synthesis is not None
         raise SiteError(
@@ -87,10 +96,13 @@ def gather(channel: Channel, sums: SecureSum, study: Study) -> tuple[Cells, Tens
     return Cells(tuple(study.task.classes), roster, patients, images), styles
 
 
-def summed_styles(site: Site, own: OwnImages, shape: tuple[int, ...], half: int) -> Tensor:
+def summed_styles(
+    site: Site, own: OwnImages, shape: tuple[int, ...], half: int, enough: NDArray[np.bool_] | None = None
+) -> Tensor:
     """Per device, the sum over its patients of the mean amplitude window of their images.
 
-    A patient counts in one cell, as in ``count_cells``, so that his window stands on one device alone.
+    A patient counts in one cell, as in ``count_cells``, so that his window stands on one device alone. Only cells of
+    ``enough`` ``[classes, devices]`` count; None: all.
 
     Returns:
         float64 ``[devices, C, 2 half + 1, 2 half + 1]``.
@@ -110,33 +122,42 @@ def summed_styles(site: Site, own: OwnImages, shape: tuple[int, ...], half: int)
         part = OwnImages(own.positions[rows], own.labels[rows], own.devices[rows], [own.patients[i] for i in rows])
         counted, _ = count_cells(part, shape[0], shape[1])
         label, device = (int(k) for k in np.argwhere(counted)[0])
+        if enough is not None and not enough[label, device]:
+            continue
         mine = [i for i in rows if own.labels[i] == label and own.devices[i] == device]
         total[device] += found[mine].mean(0)
     return total
 
 
-def noisy(patients: NDArray[np.int64], styles: Tensor, epsilon: float) -> tuple[NDArray[np.int64], Tensor]:
+def noisy(
+    patients: NDArray[np.int64], styles: Tensor, epsilon: float, rng: np.random.Generator | None = None
+) -> tuple[NDArray[np.int64], Tensor]:
     """Counts and styles with Laplace noise; half of ε each.
 
     Adding or taking a patient changes one count by 1, and one device's window, whose squares add up to at most 1 per
-    colour, by at most C (2 half + 1) in the sum of magnitudes (Cauchy and Schwarz). The noise is not drawn from the
-    study's seed, which the server knows, so runs with it do not repeat bit for bit.
+    colour, by at most C (2 half + 1) in the sum of magnitudes (Cauchy and Schwarz). ``rng`` is the site's secret, not
+    from the study's seed, which the server knows, so runs with it do not repeat bit for bit; None: fresh noise.
     """
-    rng = np.random.default_rng(secrets.randbits(128))
+    rng = rng or np.random.default_rng(secrets.randbits(128))
     counts = patients + np.rint(rng.laplace(0, 2 / epsilon, patients.shape)).astype(np.int64)
     reach = styles.shape[1] * styles.shape[2]
     return counts, styles + torch.from_numpy(rng.laplace(0, 2 * reach / epsilon, tuple(styles.shape)))
 
 
-def _checked(site: str, text: str) -> set[str]:
+def device_names(site: str, text: str) -> set[str]:
+    """The names of devices that a site answered with.
+
+    Raises:
+        SiteError: They are no list of names.
+    """
     try:
-        names = json.loads(text[: MOST_DEVICES * (LONGEST_NAME + 8)])
-    except json.JSONDecodeError:
+        names = json.loads(text[: MOST_DEVICES * (6 * LONGEST_NAME + 4)])  # a letter may be written as six
+    except (ValueError, RecursionError):
         names = None
     fine = isinstance(names, list) and len(names) <= MOST_DEVICES
-    if not fine or not all(isinstance(name, str) and 0 < len(name) <= LONGEST_NAME for name in names):
+    if not fine or not all(isinstance(n, str) and 0 < len(n) <= LONGEST_NAME and n.isprintable() for n in names):
         raise SiteError(
-            f"site {site!r} answered with devices that are no list of names. Names have 1 to {LONGEST_NAME} letters, "
-            f"and a site has {MOST_DEVICES} at most; check the device column of its table."
+            f"site {site!r} answered with devices that are no list of names. Names have 1 to {LONGEST_NAME} printable "
+            f"letters, and a site has {MOST_DEVICES} at most; check the device column of its table."
         )
     return set(names)

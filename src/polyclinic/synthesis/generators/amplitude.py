@@ -14,6 +14,9 @@ from polyclinic.data.dataset import SiteData
 from polyclinic.synthesis.amplitude import restyle
 from polyclinic.synthesis.cells import Counts, OwnImages
 
+_AT_ONCE = 64
+"""Images held as floats."""
+
 
 def restyled_images(
     data: SiteData, own: OwnImages, wanted: Counts, styles: Tensor, strength: float, most: int, rng: np.random.Generator
@@ -44,6 +47,9 @@ def restyled_images(
     if not chosen:
         return torch.zeros((0, *shape), dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
     positions, labels, devices = (torch.tensor(column, dtype=torch.int64) for column in zip(*chosen, strict=True))
-    images = data.inputs(positions).cpu() * data.std + data.mean
-    made = restyle(images, styles.cpu()[devices], strength)
-    return made.mul(255).round().to(torch.uint8), labels
+    made = torch.empty((len(positions), *shape), dtype=torch.uint8)
+    for start in range(0, len(positions), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        images = data.inputs(positions[part]).cpu() * data.std + data.mean
+        made[part] = restyle(images, styles.cpu()[devices[part]], strength).mul(255).round().to(torch.uint8)
+    return made, labels

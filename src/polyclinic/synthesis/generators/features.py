@@ -25,6 +25,7 @@ from polyclinic.seeds import derive_seed
 from polyclinic.study import Study
 from polyclinic.synthesis.cells import own_devices, own_images
 from polyclinic.synthesis.settings import FeaturesSettings
+from polyclinic.synthesis.statistics import device_names
 
 _BATCH = 256
 PRIOR_IMAGES = 5.0
@@ -115,7 +116,8 @@ class FeatureGaussians:
         name, _ = last_layer(network)
         own = {leaf: model[f"{name}.{leaf}"] for leaf in ("weight", "bias")}
         replies = channel.call("name-devices", dict.fromkeys(channel.sites, Message()))
-        devices = sorted({d for reply in replies.values() for d in json.loads(str(reply.scalars["devices"]))})
+        told = [device_names(site, str(reply.scalars.get("devices", ""))) for site, reply in replies.items()]
+        devices = sorted(set().union(*told))
         if devices:
             message = Message.pack({"model": model}, devices=json.dumps(devices))
             total = sums.sum(channel, "gaussians", dict.fromkeys(sorted(replies), message))

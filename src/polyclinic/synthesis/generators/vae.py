@@ -29,6 +29,7 @@ from polyclinic.synthesis.accounting import Budget, check_installed
 from polyclinic.synthesis.cells import Cells, own_images
 from polyclinic.synthesis.generators.base import ImageGenerator
 from polyclinic.synthesis.latents import DEVIATION, MEAN, cell_gaussians, latent_sums
+from polyclinic.synthesis.once import once
 from polyclinic.synthesis.private import secret_stream, train_private
 from polyclinic.synthesis.public_images import public_lines
 from polyclinic.synthesis.rowwise import LEAVES, averaged, equal_weights, own_weights, weighed
@@ -181,6 +182,8 @@ class VAEGenerator(ImageGenerator):
     @torch.no_grad()
     def sum_latents(self, site: Site, message: Message) -> Message:
         """One pass of the received encoder over the site's images; answer with sums by cell."""
+        # Not the encoder's bits: a killed server trains it anew, and may get others.
+        once(site, LATENTS, Message(scalars={"devices": message.scalars["devices"]}))
         shape = self._shape(str(message.scalars["devices"]))
         lines, _ = self._lines(site, message)
         model = loaded_vae(self.settings, self._channels, shape, message.group("model"), self.study.device)
