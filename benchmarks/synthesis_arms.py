@@ -106,6 +106,7 @@ def vae_ablations(kind: str) -> dict[str, Changes]:
         "budget 0.1": {"plan": {"budget": 0.1}},
         "budget 1": {"plan": {"budget": 1.0}},
         "no style": {"style": 0.0},
+        "no filter": {"filter": 0.0},
         "weight constant": {"training": {"ramp": 0.0, "until": 1.0}},
         "weight 1": {"training": {"weight": 1.0}},
     }

@@ -157,6 +157,13 @@ def test_noisy_counts_are_no_less_than_nothing_and_tell_no_number_of_images(tmp_
     assert ((styles >= 0) & (styles <= 1)).all()
 
 
+def test_noise_does_not_name_a_device_of_few_patients(tmp_path: Path) -> None:
+    """Names leave without noise, so that the floor is all that there is for them."""
+    data = hospitals({**OWNED, "south": {("a", "dark"): 12, ("a", "faint"): 4}})
+    cells, _ = gathered(exchange_of(tmp_path, data, synthesis={"epsilon": 1.0, "floor": 5}))
+    assert cells.devices == ("bright", "dark")
+
+
 def test_with_little_noise_counts_are_nearly_true(tmp_path: Path) -> None:
     """Also in cells that a floor would hide: under noise there is none."""
     data = hospitals({**OWNED, "south": {("a", "dark"): 12, ("b", "dark"): 1}})

@@ -237,15 +237,23 @@ def test_no_passes_leave_the_last_layer_as_it_is() -> None:
     assert all(torch.equal(found[n], start[n]) for n in start)
 
 
-def test_a_class_that_nobody_holds_is_not_favoured() -> None:
-    """Class 2 has no draws: training lowers its logits on the others' draws, and never raises its bias."""
-    start = head([0.0, 0.0, 2.0])
-    sums = feature_sums(*seen([[200], [200], [0]]), (3, 1), "full")
-    found = retrained_head(start, sums, FeaturesSettings(), seed=1)
-    assert torch.isfinite(found["weight"]).all()
-    assert found["bias"][2] < start["bias"][2]
-    x, labels, _ = seen([[200], [200]], seed=8)
-    assert accuracy(found, x, labels) > 0.97
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_a_class_without_draws_is_not_unlearned(gone: int) -> None:
+    """Its row stays bit for bit, and the other two are trained as if it were not there."""
+    labels = torch.arange(3).repeat_interleave(200)
+    x = torch.randn(600, 3, generator=torch.Generator().manual_seed(0)) + 4 * torch.eye(3)[labels]
+    device, rest = torch.zeros_like(labels), torch.arange(3) != gone
+    good = retrained_head(head([0.0] * 3), feature_sums(x, labels, device, (3, 1), "full"), FeaturesSettings(), seed=1)
+    there = labels != gone
+    sums = feature_sums(x[there], labels[there], device[there], (3, 1), "full")
+    found = retrained_head(good, sums, FeaturesSettings(), seed=1)
+    assert all(torch.equal(found[name][gone], good[name][gone]) for name in good)
+    assert accuracy(found, x[~there], labels[~there]) > 0.95
+    alone = FeatureSums(sums.count[rest], sums.first[rest], sums.second[rest], sums.negative)
+    made = retrained_head({name: rows[rest] for name, rows in good.items()}, alone, FeaturesSettings(), seed=1)
+    for name, rows in made.items():
+        assert not torch.equal(rows, good[name][rest])
+        torch.testing.assert_close(rows, found[name][rest], rtol=0, atol=1e-6)
 
 
 # Over sites, in a run.

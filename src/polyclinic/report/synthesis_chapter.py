@@ -75,10 +75,12 @@ def synthesis_chapter(run: Run, examples: Mapping[str, Sequence[Json]]) -> Json:
 def _facts(found: Json) -> dict[str, str]:
     wanted, released, at_home = (int(np.sum(found[name])) for name in ("wanted", "released", "at_sites"))
     epsilon = found.get("epsilon")
-    noise = "without noise" if epsilon is None else f"with noise for ε = {epsilon:g} per patient"
+    counted = f"training patients in cells of {found['floor']} or more at a site, without noise"
+    if epsilon is not None:
+        counted = f"training patients, with noise for ε = {epsilon:g} per patient in the place of a floor"
     facts = {
         "Made by": "; ".join(f"{name}: {_GENERATORS.get(name, name)}" for name in found["generator"]) or "nothing",
-        "Counted": f"training patients in cells of {found['floor']} or more at a site, {noise}",
+        "Counted": counted,
         "Planned": f"{wanted} samples of a budget of {found['budget']}, cells filled up to {found['level']:.4g}"
         if wanted
         else "no samples",

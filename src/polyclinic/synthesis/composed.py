@@ -12,10 +12,9 @@ from polyclinic.federation.message import Message
 from polyclinic.federation.site import Op, Site
 from polyclinic.federation.state import ServerState
 from polyclinic.methods.base import Method
-from polyclinic.models.last_layer import last_layer
 from polyclinic.models.registry import start_model
 from polyclinic.secure.sum import SecureSum
-from polyclinic.synthesis.generators.features import FeatureGaussians
+from polyclinic.synthesis.generators.features import FeatureGaussians, check_bias
 
 
 class WithFeatureGaussians(Method):
@@ -37,7 +36,7 @@ class WithFeatureGaussians(Method):
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
         """The method's rounds; ``state.groups["calibrated"]`` is the newest last layer."""
         network = start_model(self.study)
-        last_layer(network)
+        check_bias(network)
         for _ in self.inner.server(channel, state, sums):
             if self.gaussians.due(state.finished + 1):
                 model = self.inner.deployment(state).group("model")

@@ -156,7 +156,7 @@ class Exchange:
         """Twice the wanted lines, without those that are unlikely, far from their class, or twins."""
         wanted = self._made_here(state, plan)
         lines = candidate_lines(wanted, derive_seed(self.study.seed, "candidates"))
-        if self.generator is None or len(lines) == 0:
+        if self.generator is None or len(lines) == 0 or not self.settings.filter:
             return lines
         samples = lines.with_images(self._decoded(state, lines))
         message = Message(scalars={"devices": str(state.scalars["devices"])})
@@ -166,7 +166,7 @@ class Exchange:
         self._bench.restart()
         assert samples.images is not None
         features = frozen_features(self._bench.model, samples.images, self.study.data.image)
-        kept = keep(features, samples.labels, known)
+        kept = keep(features, samples.labels, known, least=self.settings.filter)
         state.scalars["quality"] = json.dumps({"candidates": len(lines), "dropped": kept.dropped})
         if not kept.mask.any():
             self._note(state, "the filter dropped every candidate: the generator may need more rounds or more images")
@@ -237,7 +237,7 @@ class Exchange:
         return {
             **ops,
             **self.generator.ops(),
-            "sum-features": Op(self.sum_features, sums),
+            **({"sum-features": Op(self.sum_features, sums)} if self.settings.filter else {}),
             "examine": Op(self.examine, verdict),
         }
 

@@ -99,6 +99,8 @@ class ExchangeRun:
             known = told["seconds"].setdefault(op, {})
             known[site] = known.get(site, 0.0) + spent
         told["wall"] += seconds
+        told.setdefault("incidents", []).extend(self._sums.incidents)
+        self._sums.incidents.clear()
         state.scalars["traffic"] = json.dumps(told)
 
     def _write(self, state: ServerState) -> None:
@@ -134,7 +136,10 @@ class ExchangeRun:
             "taken": {site: {"samples": n} for site, n in _read(state, "taken", {}).items()},
             "absent": _read(state, "absent", {}),
             "fit": exchange.generator.summary(state) if exchange.generator is not None else {},
-            "notes": _read(state, "notes", []),
+            "notes": [
+                *_read(state, "notes", []),
+                *(f"the sum was begun again: {incident}" for incident in traffic["incidents"]),
+            ],
             "seconds": traffic["seconds"],
             "bytes": traffic["bytes"],
             "wall_seconds": traffic["wall"],

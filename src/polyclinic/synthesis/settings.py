@@ -167,15 +167,21 @@ class SynthesisSettings(Settings):
     """What makes samples: ``vae``, ``features``, ``amplitude``, one or several; an empty list only mixes styles."""
     floor: int = Field(5, ge=1)
     """A class on a device counts at a site from so many training patients on; of smaller cells nothing leaves the
-    site, not even their count."""
+    site, not even their count. With ``epsilon`` the noise takes the floor's place in counts and style windows; names of
+    devices and generators keep the floor."""
     epsilon: float | None = Field(None, gt=0)
-    """Noise on counts and style windows: ε per patient (Laplace); empty: none."""
+    """Noise on counts and style windows: ε per patient (Laplace); empty: none. Images are not counted then, so
+    ``plan.budget`` is a share of patients."""
     window: int = Field(1, ge=0, le=16)
     """Half-width of a device's window of low frequencies: 1 is 3 × 3 numbers per colour."""
     style: float = Field(0.5, ge=0, le=1)
     """Chance that a training image is mixed with the style of another device; 0: never."""
     plan: PlanSettings = PlanSettings()
     """How many samples of which class and device."""
+    filter: float = Field(0.2, ge=0, lt=1)
+    """Before the gate the server drops candidates whose class is less than this times as probable as the likeliest,
+    by linear discriminants of the untrained network's features, and those far from their class or there twice; 0: no
+    filter."""
     gate: GateSettings = GateSettings()
     """What candidates must pass."""
     share: ShareSettings = ShareSettings()

@@ -39,6 +39,7 @@ def statistics_ops(study: Study) -> dict[str, Op]:
     floor = 1 if settings.epsilon else settings.floor
 
     def enter(site: Site, message: Message) -> Message:
+        # Names have no noise: with it or without, a device of fewer patients is not named.
         return Message(scalars={"devices": json.dumps(own_devices(site.data, settings.floor))})
 
     def count(site: Site, message: Message) -> Message:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polyclinic.errors import StudyError
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Leaf, Op, Site
@@ -126,6 +127,20 @@ class FeatureGaussians:
         return {f"{name}.{leaf}": tensor for leaf, tensor in own.items()}
 
 
+def check_bias(model: nn.Module) -> None:
+    """Refuse a network whose last layer cannot be trained anew.
+
+    Raises:
+        StudyError: It is not linear, or has no bias.
+    """
+    name, layer = last_layer(model)
+    if layer.bias is None:
+        raise StudyError(
+            f"synthesis.generator features trains weights and bias of the last layer, but {name!r} has no bias. Give "
+            "it one, or use generator vae or amplitude."
+        )
+
+
 def feature_sums(seen: Tensor, labels: Tensor, devices: Tensor, shape: tuple[int, int], covariance: str) -> FeatureSums:
     """Sums over one site's features.
 
@@ -204,6 +219,9 @@ def retrained_head(
 ) -> dict[str, Tensor]:
     """The last layer, trained on from where it is by sgd on draws: batches of 64, weight decay 5e-4.
 
+    A class without draws has no part in it: its row stays, bit for bit, and it is left out of the softmax. Otherwise
+    the draws of all others would push it down, and what sites learned of a class too rare for the floor were unlearned.
+
     Args:
         head: ``weight`` ``[C, F]`` and ``bias`` ``[C]``.
         sums: Over all sites.
@@ -212,8 +230,8 @@ def retrained_head(
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
     x, y = drawn_features(FeatureSums(**{n: t.cpu() for n, t in vars(sums).items()}), settings.samples, generator)
-    weight = head["weight"].detach().cpu().float().clone().requires_grad_()
-    bias = head["bias"].detach().cpu().float().clone().requires_grad_()
+    held, y = torch.unique(y, return_inverse=True)
+    weight, bias = (head[leaf].detach().cpu().float()[held].requires_grad_() for leaf in ("weight", "bias"))
     optimizer = torch.optim.SGD([weight, bias], lr=settings.lr, weight_decay=5e-4, fused=True)
     with torch.enable_grad():
         for _ in range(settings.epochs):
@@ -221,5 +239,7 @@ def retrained_head(
                 optimizer.zero_grad(set_to_none=True)
                 F.cross_entropy(F.linear(x[part], weight, bias), y[part]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
-    like = {"weight": weight, "bias": bias}
-    return {name: like[name].detach().to(head[name].device, head[name].dtype) for name in head}
+    made = {name: tensor.detach().clone() for name, tensor in head.items()}
+    for name, rows in (("weight", weight), ("bias", bias)):
+        made[name][held.to(made[name].device)] = rows.detach().to(made[name].device, made[name].dtype)
+    return made
