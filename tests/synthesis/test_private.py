@@ -274,7 +274,7 @@ def test_the_same_call_gets_the_same_noise_and_another_call_other_noise(tmp_path
 def test_calls_beyond_the_budget_are_refused(tmp_path: Path) -> None:
     for call in ("ab", "cd", "ab"):
         secret_stream(tmp_path, call, 2)
-    with pytest.raises(SiteError, match="budget of the generator is spent: 2 calls"):
+    with pytest.raises(SiteError, match="privacy budget is spent: 2 calls"):
         secret_stream(tmp_path, "ef", 2)
 
 

@@ -4,8 +4,8 @@ FedSSG (reconstruction; what is known of Pavan et al., ICPR 2026, arXiv 2604.263
 class and device and distributed over sites is the paper's; every formula below is ours.
 
 It is written like a method: ``server`` runs over the channel, one ``yield`` per finished phase, with all that the next
-one needs in ``state``; ``ops`` is the sites' side. It has a state of its own, so a killed run goes on in the phase
-where it was, and the rounds of the method after it count from 1.
+one needs in ``state``; ``ops`` is the sites' side (``at_site.py``). It has a state of its own, so a killed run goes on
+in the phase where it was, and the rounds of the method after it count from 1.
 
 A site that drops out (``federation.on_absent: continue``): before the examination the others go on alone; nothing is
 released that one of the sites has not examined; a site that misses the release trains without samples and styles.
@@ -21,27 +21,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyclinic.errors import MessageError, SiteError
+from polyclinic.errors import SiteError
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
-from polyclinic.federation.site import Leaf, Op, Site, Workbench
+from polyclinic.federation.site import Op, Workbench
 from polyclinic.federation.state import ServerState
 from polyclinic.models.last_layer import last_layer
 from polyclinic.models.taps import feature_tap
 from polyclinic.secure.sum import SecureSum
 from polyclinic.seeds import derive_seed, generator
 from polyclinic.study import Study
-from polyclinic.synthesis.cells import Cells, count_cells, device_name, own_images
+from polyclinic.synthesis.at_site import AtSite, told_devices
+from polyclinic.synthesis.cells import Cells
 from polyclinic.synthesis.frozen import frozen_features
-from polyclinic.synthesis.gate import vet
 from polyclinic.synthesis.generators import image_generator
-from polyclinic.synthesis.generators.amplitude import restyled_images
-from polyclinic.synthesis.once import once
 from polyclinic.synthesis.plan import Plan, split_by_owner, water_filling
-from polyclinic.synthesis.pool import MOST_BYTES, MOST_SAMPLES, Bounds, Samples, unpack
-from polyclinic.synthesis.quality import feature_sums, keep
-from polyclinic.synthesis.share import choose, quota
-from polyclinic.synthesis.shelf import Shelf, sized
+from polyclinic.synthesis.pool import MOST_BYTES, MOST_SAMPLES, Samples
+from polyclinic.synthesis.quality import keep
 from polyclinic.synthesis.statistics import gather, statistics_ops
 from polyclinic.synthesis.verdict import checked_verdict
 from polyclinic.vectors.head import HeadSums
@@ -73,8 +69,6 @@ class Exchange:
             feature_tap(bench.model)
         if self.settings.of_kind("features") is not None:
             last_layer(bench.model)
-
-    # The server's side.
 
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
         """Phase by phase; ``state.scalars["phase"]`` is the last one finished."""
@@ -188,7 +182,7 @@ class Exchange:
         for site, reply in channel.stream("examine", dict.fromkeys(channel.sites, message)):
             accepted &= _flags(site, reply.group("verdict").get("accepted"), len(lines))
             told = str(reply.scalars.get("report", ""))
-            verdicts[site] = checked_verdict(site, told, self.study.task.classes, _devices(message))
+            verdicts[site] = checked_verdict(site, told, self.study.task.classes, told_devices(message))
         missing = sorted(set(channel.sites) - set(verdicts))
         if missing:
             accepted[:] = False
@@ -224,107 +218,10 @@ class Exchange:
     def _note(self, state: ServerState, text: str) -> None:
         state.scalars["notes"] = json.dumps([*json.loads(str(state.scalars.get("notes", "[]"))), text])
 
-    # The sites' side.
-
     def ops(self) -> dict[str, Op]:
-        """Counts first; where images are made also their fit, examination and release."""
-        ops = statistics_ops(self.study)
-        ops["receive"] = Op(self.receive, (Leaf("samples", "scalar", "counts"),))
-        if self.generator is None:
-            return ops
-        sums = (Leaf("features", "sum", "images", lanes=64), Leaf("weight/*", "scalar", "nothing"))
-        verdict = (Leaf("verdict", "array", "images"), Leaf("report", "scalar", "images"))
-        return {
-            **ops,
-            **self.generator.ops(),
-            **({"sum-features": Op(self.sum_features, sums)} if self.settings.filter else {}),
-            "examine": Op(self.examine, verdict),
-        }
-
-    def sum_features(self, site: Site, message: Message) -> Message:
-        """Sums over the features that the start network sees in the site's images."""
-        once(site, "sum-features", message)
-        own = own_images(site.data, _devices(message), self.settings.floor)
-        return feature_sums(site, own, self._side)
-
-    def examine(self, site: Site, message: Message) -> Message:
-        """The memorisation gate, on the site's own patients."""
-        assert self.generator is not None
-        once(site, "examine", message)
-        lines = unpack(message, self._bounds(site, message))
-        images = self.generator.decode(message.group("decoder"), lines.labels, lines.devices, lines.seeds)
-        devices = _devices(message)
-        result = vet(site, lines.with_images(images), devices, self.settings)
-        # Where sums are hidden or counts noisy, they must not leave beside it.
-        counts = self.study.aggregation.backend == "plain" and not self.settings.epsilon
-        report = json.dumps(result.as_json(self.settings.floor, counts=counts))
-        return Message.pack({"verdict": {"accepted": result.accepted.to(torch.uint8)}}, report=report)
-
-    def receive(self, site: Site, message: Message) -> Message:
-        """Take what the site lacks of the released samples, restyle own images for cells nobody owns, keep both.
-
-        How many of the released it took is all that it answers, and that does not depend on cells below the floor.
-        """
-        once(site, "receive", message)
-        devices = _devices(message)
-        told = self._told_plan(site, message)
-        samples = unpack(message, self._bounds(site, message))
-        own, _ = count_cells(own_images(site.data, devices, self.settings.floor), len(site.task.classes), len(devices))
-        level = float(message.scalars["level"])
-        seed = derive_seed(self.study.seed, site.name, "share")
-        picture = site.data.picture(0)
-        size = (int(picture.shape[-2]), int(picture.shape[-1]))
-        most = quota(site.images, len(samples) + int(told["wanted"].sum()), self.settings.share)
-        taken = samples.only(choose(samples, own, level, most, seed))
-        if taken.images is None and len(taken):
-            assert self.generator is not None
-            drawn = self.generator.decode(message.group("decoder"), taken.labels, taken.devices, taken.seeds)
-            taken = taken.with_images(drawn)
-        images = [] if taken.images is None or len(taken) == 0 else [sized(taken.images, size)]
-        labels = [taken.labels] if images else []
-        restyling = self.settings.of_kind("amplitude")
-        if restyling is not None:
-            _, unowned = split_by_owner(told["wanted"].numpy(), told["patients"].numpy())
-            every = own_images(site.data, devices, 1)  # these images stay, and so does their number
-            rng = generator(self.study.seed, site.name, "restyle")
-            at_home = restyled_images(
-                site.data, every, unowned, told["styles"], restyling.strength, most - len(taken), rng
-            )
-            images.append(at_home[0])
-            labels.append(at_home[1])
-        mine = {device_name(site.data, i) for i in site.data.splits["train"].tolist()}
-        # A device whose noisy count came to nothing has no style either.
-        others = torch.tensor([name not in mine for name in devices]) & (told["patients"].sum(0).cpu() > 0)
-        empty = picture.new_zeros((0, *picture.shape), dtype=torch.uint8)
-        Shelf(
-            torch.cat([empty.cpu(), *images]),
-            torch.cat([torch.zeros(0, dtype=torch.int64), *labels]),
-            told["styles"].cpu()[others],
-        ).save(site.state)
-        return Message(scalars={"samples": len(taken)})
-
-    def _told_plan(self, site: Site, message: Message) -> dict[str, Tensor]:
-        """The plan as it came, looked at.
-
-        Raises:
-            MessageError: An array is missing, of another type or shape, or out of range.
-        """
-        cells = (len(site.task.classes), len(_devices(message)))
-        side = 2 * self.settings.window + 1
-        style = (cells[1], int(site.data.picture(0).shape[0]), side, side)
-        told = message.group("plan")
-        wanted = {"wanted": (torch.int64, cells), "patients": (torch.int64, cells), "styles": (torch.float32, style)}
-        for name, (kind, shape) in wanted.items():
-            array = told.get(name)
-            if array is None or array.dtype != kind or tuple(array.shape) != shape:
-                raise MessageError(f"{name} of the plan is not {kind} of shape {shape}. The message was not used.")
-            most = 1 if name == "styles" else MOST_BYTES
-            if array.numel() and not bool(((array >= 0) & (array <= most)).all()):
-                raise MessageError(f"{name} of the plan is not between 0 and {most}. The message was not used.")
-        return told
-
-    def _bounds(self, site: Site, message: Message) -> Bounds:
-        return Bounds(len(site.task.classes), len(_devices(message)), int(site.data.picture(0).shape[0]))
+        """The sites' side: counts, fit of the generator, and what ``AtSite`` does."""
+        fit = self.generator.ops() if self.generator is not None else {}
+        return {**statistics_ops(self.study), **fit, **AtSite(self.study, self.generator).ops()}
 
     @property
     def _most(self) -> int:
@@ -334,12 +231,6 @@ class Exchange:
             return MOST_SAMPLES
         each = int(self.study.data.image.channels * vae.size**2) if self.settings.share.form == "images" else 1
         return min(MOST_SAMPLES // CANDIDATES, MOST_BYTES // each)
-
-    @property
-    def _side(self) -> int:
-        settings = self.settings.of_kind("vae")
-        assert settings is not None
-        return int(settings.size)
 
 
 def candidate_lines(wanted: Any, seed: int) -> Samples:
@@ -354,10 +245,6 @@ def candidate_lines(wanted: Any, seed: int) -> Samples:
     lines = torch.from_numpy(np.repeat(cells, counts, axis=0))
     seeds = generator(seed, "lines").permutation(np.iinfo(np.int32).max // 1024)[: len(lines)]
     return Samples(lines[:, 0].clone(), lines[:, 1].clone(), torch.from_numpy(seeds.astype(np.int64)))
-
-
-def _devices(message: Message) -> tuple[str, ...]:
-    return tuple(json.loads(str(message.scalars["devices"])))
 
 
 def _flags(site: str, flags: Tensor | None, count: int) -> Tensor:
