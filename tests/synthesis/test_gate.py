@@ -137,6 +137,18 @@ def test_samples_unlike_any_patient_are_no_copies() -> None:
     assert [why for why in failures(replace(apart, nndr_elsewhere=0.8), GateSettings()) if "second" in why]
 
 
+def test_an_image_near_the_mean_of_all_is_no_copy() -> None:
+    """In 300 dimensions the mean is nearer to every image (17.3) than two images are (24.5), held out or not."""
+    draw = torch.Generator().manual_seed(0)
+    train = ByPatient.of(torch.randn(40, 300, generator=draw), [f"t{i}" for i in range(40)])
+    holdout = ByPatient.of(torch.randn(40, 300, generator=draw), [f"h{i}" for i in range(40)])
+    labels = torch.zeros(40, dtype=torch.int64)
+    spots = torch.cat([torch.zeros(1, 300), train.vectors[:1], train.vectors[1:2] + 0.1])
+    found = find_copies(spots, labels[:3], train, labels, 0.999, holdout=holdout)
+    assert found.tolist() == [False, True, True]
+    assert find_copies(spots, labels[:3], train, labels, 0.999).tolist() == [True, True, True]
+
+
 def test_hubs_are_few_independent_candidates() -> None:
     """A hundred candidates whose nearest is one and the same patient say no more than one candidate does."""
     train = ByPatient.of(torch.arange(20.0)[:, None] * 10, [f"t{i}" for i in range(20)])

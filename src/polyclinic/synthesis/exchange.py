@@ -80,6 +80,11 @@ class Exchange:
                 "styles": styles,
             }
             state.scalars["devices"] = json.dumps(cells.devices)
+            exact = [
+                one.name for one in self.settings.generator if one.name == "features" or getattr(one, "dp", 0) is None
+            ]
+            if self.settings.epsilon and exact:
+                self._note(state, f"epsilon covers counts and styles; the sums for {', '.join(exact)} have no noise")
             yield from self._finished(channel, state, "counted")
         plan = self.plan(state)
         if state.scalars["phase"] == "counted":
@@ -187,6 +192,8 @@ class Exchange:
         if missing:
             accepted[:] = False
             self._note(state, f"nothing was released: {', '.join(missing)} did not examine the candidates")
+        elif not accepted.any():
+            self._note(state, "nothing was released: each candidate was refused by a site; its gate says why")
         state.scalars["gate"] = json.dumps(verdicts)
         left = torch.from_numpy(self._made_here(state, plan)).clone()
         chosen = []

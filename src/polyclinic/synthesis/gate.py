@@ -166,7 +166,10 @@ def _copies_of_others(seen: GateImages, train: GateImages, holdout: GateImages, 
     if len(found) and not _lacking(train, holdout, settings):
         for space, vectors in seen.spaces.items():
             side = train.side(space)
-            found |= find_copies(vectors, seen.labels, side, train.labels, settings.copy_quantile, near=True)
+            held = holdout.side(space)
+            found |= find_copies(
+                vectors, seen.labels, side, train.labels, settings.copy_quantile, holdout=held, near=True
+            )
     return found
 
 
@@ -186,7 +189,14 @@ def _reasons(
         reasons[:] = NO_HOLDOUT if len(set(holdout.patients)) < settings.holdout else FEW_PATIENTS
         return reasons, [_row(space, _Group(ALL, 0, ALL), (seen, train, holdout), why=why) for space in seen.spaces]
     copies = {
-        space: find_copies(vectors, seen.labels, train.side(space), train.labels, settings.copy_quantile)
+        space: find_copies(
+            vectors,
+            seen.labels,
+            train.side(space),
+            train.labels,
+            settings.copy_quantile,
+            holdout=holdout.side(space),
+        )
         for space, vectors in seen.spaces.items()
     }
     for found in copies.values():
@@ -288,7 +298,9 @@ def vet(site: Site, samples: Samples, devices: tuple[str, ...], settings: Synthe
     """
     assert samples.images is not None
     size = int(samples.images.shape[-1])
-    own = own_images(site.data, devices, settings.floor)
+    vae = settings.of_kind("vae")
+    # Training with DP-SGD takes cells below the floor as well, so their patients are looked for too.
+    own = own_images(site.data, devices, 1 if vae is not None and vae.dp is not None else settings.floor)
     site.load(site.initial)
 
     def seen(images: Tensor, labels: Tensor, machines: Tensor, patients: Sequence[str] = ()) -> GateImages:

@@ -67,7 +67,8 @@ class FeaturesSettings(Settings):
     devices: bool = True
     """Class and device, so that cells nobody owns are drawn as well; false: classes alone, as in CCVR."""
     every: int = Field(10, ge=0)
-    """Re-calibrate every so many rounds and after the last; 0: only after the last. Only such rounds can be chosen."""
+    """Re-calibrate every so many rounds, where these are judged (``evaluation.every``), and after the last; 0: only
+    after the last. Only such rounds can be chosen."""
     samples: int = Field(300, ge=10)
     """Features drawn per class."""
     covariance: Literal["full", "diagonal"] = "full"

@@ -67,9 +67,9 @@ class FeatureGaussians:
         self.study, self.settings, self.floor = study, settings, study.synthesis.floor
 
     def due(self, number: int) -> bool:
-        """Whether round ``number`` ends with a re-calibration."""
-        every = self.settings.every
-        return number == self.study.method.rounds or bool(every and number % every == 0)
+        """Whether round ``number`` ends with a re-calibration: only where the round is judged as well."""
+        steps = self.settings.every, self.study.evaluation.every
+        return number == self.study.method.rounds or (all(steps) and not any(number % step for step in steps))
 
     def ops(self) -> dict[str, Op]:
         """Names of devices, and sums of features."""
