@@ -126,18 +126,18 @@ def planned(public: Path, seeds: list[int], quick: bool) -> list[Cell]:
     early = tuple(name for name in skin if name != OPENED)
     late = tuple(name for name in early if name not in MINOR)
     made_up = {name: changes for name, changes in phantom.items() if name not in BALANCED_MINOR}
-    cells = [
+    away = _some(skin, ELSEWHERE_ARMS)
+    return [
         *_cells("skin", EARLY["skin"], _some(skin, early), seeds),
         *_cells("phantom", EARLY["phantom"], made_up, seeds),
         *_cells("skin", LATE["skin"], _some(skin, late), seeds),
         *_cells("phantom", LATE["phantom"], _some(phantom, late), seeds),
         *_cells("skin-cut", CUT, _some(skin, CUT_ARMS), seeds),
+        *(cell for source in SOURCES for cell in _cells(f"without-{source}", ELSEWHERE, away, seeds)),
         *_cells("skin-cut", EARLY["skin"], _some(skin, CUT_EARLY_ARMS), seeds),
         *_cells("phantom", EARLY["phantom"], vae_ablations("phantom"), seeds),
         *_cells("skin-cut", CUT, ablations(), seeds),
     ]
-    away = _some(skin, ELSEWHERE_ARMS)
-    return cells + [cell for source in SOURCES for cell in _cells(f"without-{source}", ELSEWHERE, away, seeds)]
 
 
 def _some(every: dict[str, Changes], names: tuple[str, ...]) -> dict[str, Changes]:
