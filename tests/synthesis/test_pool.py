@@ -1,7 +1,6 @@
 """Samples: names, selection, messages, and what is refused when it comes from elsewhere."""
 
 import hashlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 
 from polyclinic.errors import MessageError
 from polyclinic.federation.message import Message
-from polyclinic.federation.state import SiteState
 from polyclinic.synthesis.pool import Bounds, Samples, unpack
 
 BOUNDS = Bounds(classes=3, devices=2, channels=3, side=8, samples=10, nbytes=3 * 8 * 8 * 4)
@@ -80,21 +78,6 @@ def test_they_travel() -> None:
         assert (got.images is None) == (sent.images is None)
         if sent.images is not None:
             assert got.ids() == sent.ids()
-
-
-def test_a_site_keeps_them(tmp_path: Path) -> None:
-    state = SiteState(tmp_path)
-    state.begin_round(4)
-    assert Samples.load(state, "pool") is None
-    made().save(state, "pool")
-    made(0).without_images().save(state, "none")
-    state.begin_round(5)
-    kept, none = Samples.load(state, "pool"), Samples.load(state, "none")
-    assert kept is not None
-    assert kept.ids() == made().ids()
-    assert none is not None
-    assert len(none) == 0
-    assert none.images is None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from polyclinic.errors import MessageError
 from polyclinic.federation.message import Message
-from polyclinic.federation.state import SiteState
 
 MOST_SAMPLES = 200_000
 MOST_BYTES = 1 << 30
@@ -101,16 +100,6 @@ class Samples:
     def of(cls, arrays: Mapping[str, Tensor]) -> Samples:
         """What ``arrays`` made, unchecked: for what this process wrote itself."""
         return cls(arrays["labels"], arrays["devices"], arrays["seeds"], arrays.get("images"))
-
-    def save(self, state: SiteState, key: str) -> None:
-        """Keep them in a site's state."""
-        state.save(key, self.arrays())
-
-    @classmethod
-    def load(cls, state: SiteState, key: str) -> Samples | None:
-        """What ``save`` kept, or None."""
-        kept = state.load(key)
-        return None if kept is None else cls.of(kept[0])
 
     def _pixels(self) -> Iterator[bytes]:
         if self.images is None:
