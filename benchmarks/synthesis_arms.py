@@ -83,6 +83,13 @@ CUT_EARLY_ARMS = ("fedavg", "logit adjustment", "fedssg", "amplitude mix", "Gaus
 CUT_EARLY_ARMS += ("balanced, logit adjustment", "balanced, fedssg")
 ELSEWHERE_ARMS = ("fedavg", "logit adjustment", "amplitude mix", "Gaussians, class + device", "fedssg")
 ELSEWHERE_ARMS += ("harmonise + logit adjustment", "balanced, logit adjustment", "balanced, fedssg")
+CHOICES: dict[str, Changes] = {
+    "fedssg: classes alone": samples([{"name": "features", "devices": False}], style=0.5),
+    "fedssg: style 1": samples(["features"], style=1.0),
+    "fedssg: classes alone, style 1": samples([{"name": "features", "devices": False}], style=1.0),
+    "amplitude mix, style 1": samples([], style=1.0),
+}
+"""What the default could be as well: validation images chose between them."""
 QUICK_ARMS = ("fedavg", "logit adjustment", "amplitude mix", "Gaussians, class + device", "fedssg")
 QUICK_ARMS += ("fedssg, VAE at sites",)
 
@@ -94,7 +101,6 @@ def ablations() -> dict[str, Changes]:
         "fedssg: style alone, cross-entropy": {"method.name": "fedssg", "method.synthesis": {"generator": []}},
         "fedssg: tau 0.5": {**SSG, "task.tau": 0.5},
         "fedssg: style 0.25": samples(["features"], style=0.25),
-        "fedssg: style 1": samples(["features"], style=1.0),
         "fedssg: diagonal covariance": samples([{"name": "features", "covariance": "diagonal"}]),
     }
 
@@ -105,6 +111,8 @@ def vae_ablations(kind: str) -> dict[str, Changes]:
         "budget 0": {"plan": {"budget": 0.0}},
         "budget 0.1": {"plan": {"budget": 0.1}},
         "budget 1": {"plan": {"budget": 1.0}},
+        "one sample per image": {"training": {"real_per_synthetic": 1.0}},
+        "one sample per 10 images": {"training": {"real_per_synthetic": 10.0}},
         "no style": {"style": 0.0},
         "no filter": {"filter": 0.0},
         "weight constant": {"training": {"ramp": 0.0, "until": 1.0}},
@@ -135,6 +143,11 @@ def planned(public: Path, seeds: list[int], quick: bool) -> list[Cell]:
         *_cells("skin-cut", CUT, _some(skin, CUT_ARMS), seeds),
         *(cell for source in SOURCES for cell in _cells(f"without-{source}", ELSEWHERE, away, seeds)),
         *_cells("skin-cut", EARLY["skin"], _some(skin, CUT_EARLY_ARMS), seeds),
+        *_cells("skin", EARLY["skin"], CHOICES, seeds),
+        *_cells("skin", LATE["skin"], CHOICES, seeds),
+        *_cells("skin-cut", CUT, CHOICES, seeds),
+        *_cells("phantom", EARLY["phantom"], CHOICES, seeds),
+        *_cells("phantom", LATE["phantom"], CHOICES, seeds),
         *_cells("phantom", EARLY["phantom"], vae_ablations("phantom"), seeds),
         *_cells("skin-cut", CUT, ablations(), seeds),
     ]
