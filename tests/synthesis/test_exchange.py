@@ -134,6 +134,18 @@ def test_hidden_sums_hide_all_but_names_and_verdicts(tmp_path: Path) -> None:
     assert not in_clear & {("count-cells", "cells"), ("fit-painter", "seen"), ("sum-features", "features")}
 
 
+@pytest.mark.parametrize("backend", ["ring-he", "ring-as-published"])
+def test_the_rings_give_the_samples_that_the_plain_sum_gives(backend: str, tmp_path: Path) -> None:
+    unfiltered = {"filter": 0.0}  # the published mask rounds too coarsely for the filter's sums
+    plain, _, wanted = exchanged(painter_study(synthesis=unfiltered), tmp_path / "plain")
+    run, _, told = exchanged(painter_study(synthesis=unfiltered, aggregation=backend), tmp_path / "ring")
+    for name in ("before", "wanted", "released", "taken"):
+        assert told[name] == wanted[name]
+    for site in OWNED:
+        assert torch.equal(shelf(run, site).images, shelf(plain, site).images)
+        torch.testing.assert_close(shelf(run, site).styles, shelf(plain, site).styles, rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("generator", [[{"name": "vae", "size": 16}], [{"name": "vae", "size": 16}, "amplitude"]])
 def test_cells_below_the_floor_leave_nothing_in_the_whole_exchange(generator: list[Any], tmp_path: Path) -> None:
     """Class b of one patient, class a of four on a device of their own: without them north says the very same."""

@@ -57,6 +57,15 @@ def test_methods_run_with_an_exchange(method: str, synthesis: dict[str, Any], tm
     assert any(not torch.equal(used[0][name], used[1][name]) for name in used[0])
 
 
+@pytest.mark.parametrize(
+    ("synthesis", "fault"), [(FEATURES, "generator features"), ({**IMAGES, "filter": 0.2}, "filter: 0.2")]
+)
+def test_the_published_ring_is_too_coarse_for_sums_of_squares(synthesis: dict[str, Any], fault: str) -> None:
+    with pytest.raises(StudyError, match=rf"synthesis.{fault} solves .* Use aggregation ring-he or masked"):
+        hospital_study("fedavg", synthesis=synthesis, aggregation="ring-as-published")
+    hospital_study("fedavg", synthesis={**IMAGES, "filter": 0.0}, aggregation="ring-as-published")
+
+
 def test_which_methods_there_are() -> None:
     assert {name for name in METHODS if not method_class(name).exchanges} == ALONE
     assert {name for name in METHODS if not method_class(name).starts_global} | ALONE == OWN_HEADS

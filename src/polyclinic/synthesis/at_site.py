@@ -98,12 +98,14 @@ class AtSite:
         self, site: Site, told: dict[str, Tensor], devices: tuple[str, ...], most: int
     ) -> tuple[Tensor, Tensor]:
         """Own images in the style of devices that nobody has their class on, if the study asks for them."""
-        _, unowned = split_by_owner(told["wanted"].numpy(), told["patients"].numpy())
         settings = self.settings.of_kind("amplitude")
+        if settings is None:
+            shape = site.data.picture(0).shape
+            return torch.zeros((0, *shape), dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
+        _, unowned = split_by_owner(told["wanted"].numpy(), told["patients"].numpy())
         every = own_images(site.data, devices, 1)  # these images stay, and so does their number
         rng = generator(self.study.seed, site.name, "restyle")
-        strength, wanted = (settings.strength, unowned) if settings is not None else (0.0, 0 * unowned)
-        return restyled_images(site.data, every, wanted, told["styles"], strength, most, rng)
+        return restyled_images(site.data, every, unowned, told["styles"], settings.strength, most, rng)
 
     def _told_plan(self, site: Site, message: Message) -> dict[str, Tensor]:
         """The plan as it came, looked at.
