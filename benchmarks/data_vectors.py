@@ -9,24 +9,21 @@ the images: ``../shared/data``, or the folder that ``POLYCLINIC_DATA`` names.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
+from natural_start import NATURAL_EPOCHS, save_natural_start
 from tables import RESULTS, ROOT, commit
 from vector_cells import Cell, State, complete, measure, save, train_pooled
 from vector_tables import HEADLINE, write_results
 
 from polyclinic.data.dataset import SiteData
 from polyclinic.models.normalisation import shared_names
-from polyclinic.models.registry import head_name, start_model
+from polyclinic.models.registry import start_model
 from polyclinic.models.weights import load_tensors, read_tensors, save_tensors, shared_tensors, snapshot
 from polyclinic.runner import load_sites
-from polyclinic.study import Study, load_study, validate_study
-from polyclinic.tasks import make_task
-from polyclinic.training import learning_rate, train
+from polyclinic.study import Study, load_study
 
 DATASETS = {"skin": "skin-4-sites", "chest": "chest-xray-sites"}
 ROUNDS = {"skin": 10, "chest": 10}
@@ -36,9 +33,6 @@ SETTINGS = ["training.schedule=cosine", "training.batch_size=32", "data.image.ch
 LR = {"skin": 0.002, "chest": 0.002}
 """For every method. Of 0.0005, 0.001, 0.002 and 0.004 the best for pooled training on validation images with seed 0
 (skin: 0.563 balanced accuracy), or within 0.005 of it (chest: 0.886; 0.004 had 0.891)."""
-NATURAL = ["daisy", "dandelion", "roses", "sunflowers", "tulips", "airplane", "automobile", "bird", "cat", "deer"]
-NATURAL += ["dog", "frog", "horse", "ship", "truck"]
-NATURAL_EPOCHS = 20
 WITH_INTERVALS = [*HEADLINE, "base: finetune"]
 
 
@@ -117,53 +111,9 @@ def base_of(study: Study, path: Path, *, quick: bool) -> State:
     """The base that every site starts from: trained on natural images, with a new last layer for the classes."""
     model = start_model(study)
     names = shared_names(model, "batch")
-    if not path.is_file():
-        natural = natural_study(study)
-        sites = load_sites(natural, path.parent, None)
-        images = SiteData.concat([sites[site] for site in sorted(sites)], "natural")
-        trunk = start_model(natural)
-        task = make_task(natural.task, natural.training)
-        epochs = 3 if quick else NATURAL_EPOCHS
-        for number in range(1, epochs + 1):
-            result = train(
-                trunk, images, task, natural.training, lr=learning_rate(natural.training, number, epochs), seed=number
-            )
-            print(f"base, epoch {number}: loss {result.loss:.3f}", flush=True)
-        last = head_name(trunk)
-        kept = {n: t for n, t in shared_tensors(trunk, names).items() if not n.startswith(f"{last}.")}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, kept, {"loss": json.dumps(result.loss)})
+    save_natural_start(study, path, 3 if quick else NATURAL_EPOCHS)
     load_tensors(model, read_tensors(path)[0])
     return snapshot(shared_tensors(model, names))
-
-
-def natural_study(study: Study) -> Study:
-    """Flowers and small everyday things at the size that the study's network sees."""
-    columns = {"image": "file", "label": "label_name", "patient": "file"}
-    tables = [
-        {"path": f"{name}/dev.csv", "images": f"{name}/dev.zip", "site": site, "columns": columns}
-        for name, site in (("tf_flowers96", "flowers"), ("cifar10_jpeg_subset", "things"))
-    ]
-    raw: dict[str, Any] = {
-        "name": "natural-images",
-        "task": {"classes": NATURAL},
-        "data": {
-            "root": study.data.root,
-            "tables": tables,
-            "image": {"size": study.data.image.size, "channels": 3, "fit": "crop"},
-            "split": {"fractions": [0.9, 0.0, 0.1]},
-        },
-        "model": study.model.model_dump(),
-        "evaluation": {"select": "last"},
-        "training": {
-            "optimizer": "adam",
-            "lr": 0.002,
-            "batch_size": 64,
-            "schedule": "cosine",
-            "augment": {"flip": True},
-        },
-    }
-    return validate_study(raw)
 
 
 if __name__ == "__main__":

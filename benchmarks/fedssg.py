@@ -11,19 +11,14 @@ stopped benchmark goes on after the last finished round. It needs the images: ``
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import statistics
-import time
-import traceback
 import zipfile
-from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
-import torch
+from cell_runs import Cell, attempted, expected_seconds, tell, train_all
 from synthesis_arms import planned
-from synthesis_cells import Cell, finished, kind_of, measure, prepare
+from synthesis_cells import finished, kind_of, measure, prepare
 from synthesis_tables import write_results
 from tables import RESULTS, ROOT
 
@@ -52,27 +47,16 @@ def main() -> None:
     if options.arm:
         cells = [c for c in cells if c.arm in options.arm]
     missing = [cell for cell in cells if finished(cell, work) is None]
-    tell(cells, missing, work, options.workers)
+    seconds = expected(cells, work)
+    tell(cells, missing, seconds, options.workers)
     if options.plan:
         return
     if not options.tables and missing:
         unpack(options.public or data / "tf_flowers96" / "dev.zip", work / "public")
         prepare(sorted({cell.scenario for cell in missing}), work, data)
-        train_all(missing, work, data, options.workers, options.minutes)
+        train_all(missing, seconds, partial(attempt, work=work, data=data), options.workers, options.minutes)
     name = "fedssg-quick" if options.quick else "fedssg"
     write_results(name, cells, work, options.results, replicates=50 if options.quick else 300)
-
-
-def tell(cells: list[Cell], missing: list[Cell], work: Path, workers: int) -> None:
-    """Print how much there is to do, and how long it will take judged by what was measured."""
-    seconds = expected(cells, work)
-    rows: dict[str, list[float]] = defaultdict(list)
-    for cell in missing:
-        rows[f"{cell.scenario}, {cell.rounds} rounds"].append(seconds[cell])
-    for title, values in rows.items():
-        print(f"{title}: {len(values)} cells, about {sum(values) / workers / 60:.0f} min", flush=True)
-    total = sum(sum(values) for values in rows.values()) / workers / 60
-    print(f"{len(missing)} of {len(cells)} cells to go, about {total:.0f} min with {workers} processes", flush=True)
 
 
 ROUND_SECONDS = {"skin": 0.95, "phantom": 0.42}
@@ -84,16 +68,7 @@ VAE_SECONDS = {"skin": 60.0, "phantom": 18.0}
 
 def expected(cells: list[Cell], work: Path) -> dict[Cell, float]:
     """Processor seconds of every cell: as its like took before, else a guess."""
-    known: dict[tuple[str, int, str], list[float]] = defaultdict(list)
-    for cell in cells:
-        about = finished(cell, work)
-        if about is not None and not about["resumed"]:
-            known[cell.scenario, cell.rounds, cell.arm].append(about["seconds"]["processor"])
-    found = {}
-    for cell in cells:
-        measured = known.get((cell.scenario, cell.rounds, cell.arm))
-        found[cell] = statistics.mean(measured) if measured else _guess(cell)
-    return found
+    return expected_seconds(cells, lambda cell: finished(cell, work), _guess)
 
 
 def _guess(cell: Cell) -> float:
@@ -103,34 +78,9 @@ def _guess(cell: Cell) -> float:
     return 1 + cell.rounds * ROUND_SECONDS[kind] * factor + (own / 4 if "server" in cell.arm else own)
 
 
-def train_all(missing: list[Cell], work: Path, data: Path, workers: int, minutes: float | None) -> None:
-    """Train cells in processes of one thread; one that fails is told of and left out of the tables."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    started, seconds = time.monotonic(), expected(missing, work)
-    left = sum(seconds.values())
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        ends = None if minutes is None else time.time() + 60 * minutes
-        futures = {pool.submit(attempt, cell, work, data, ends): cell for cell in missing}
-        for number, future in enumerate(as_completed(futures), start=1):
-            cell = futures[future]
-            left -= seconds[cell]
-            past = (time.monotonic() - started) / 60
-            head = f"[{number}/{len(missing)}, {past:.0f} min, about {left / workers / 60:.0f} min to go]"
-            print(f"{head} {cell.key}: {future.result()}", flush=True)
-
-
 def attempt(cell: Cell, work: Path, data: Path, ends: float | None) -> str:
     """Train one cell; how long it took, or why it failed."""
-    if ends is not None and time.time() > ends:
-        return "left for later"
-    try:
-        return f"{measure(cell, work, data)['seconds']['wall']:.0f} s"
-    except Exception as error:  # whatever it is, the other cells go on; the traceback is kept
-        (work / "failed").mkdir(parents=True, exist_ok=True)
-        path = work / "failed" / f"{cell.key.replace('/', '.')}.txt"
-        path.write_text(traceback.format_exc(), encoding="utf-8")
-        return f"FAILED: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return attempted(cell.key, lambda: measure(cell, work, data), work / "failed", ends)
 
 
 def unpack(source: Path, folder: Path) -> None:

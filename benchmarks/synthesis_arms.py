@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from synthesis_cells import SOURCES, Cell
+from cell_runs import Cell, cells_of
+from synthesis_cells import NATURAL, SOURCES
 
 Changes = dict[str, Any]
 LA: Changes = {"task.loss": "logit-adjusted"}
@@ -105,6 +105,12 @@ def ablations() -> dict[str, Changes]:
     }
 
 
+def pretrained(skin: dict[str, Changes]) -> dict[str, Changes]:
+    """The same from a network that was trained on natural images; elsewhere pre-training is off."""
+    chosen = _some(skin, ("fedavg", "logit adjustment", "fedssg", "fedssg, VAE at sites", "pooled + logit adjustment"))
+    return {f"pre-trained: {name}": {**changes, "model.weights": NATURAL} for name, changes in chosen.items()}
+
+
 def vae_ablations(kind: str) -> dict[str, Changes]:
     """What is changed of fedssg with an autoencoder at the sites and an open gate: it must let samples through."""
     changes: dict[str, Changes] = {
@@ -127,36 +133,33 @@ def planned(public: Path, seeds: list[int], quick: bool) -> list[Cell]:
     skin, phantom = arms("skin", public), arms("phantom", public)
     if quick:
         return [
-            *_cells("phantom", 12, _some(phantom, QUICK_ARMS), seeds),
-            *_cells("skin", 3, _some(skin, QUICK_ARMS), seeds),
-            *_cells("without-vienna_dias", 3, _some(skin, ("logit adjustment", "fedssg")), seeds),
+            *cells_of("phantom", 12, _some(phantom, QUICK_ARMS), seeds),
+            *cells_of("skin", 3, _some(skin, QUICK_ARMS), seeds),
+            *cells_of("without-vienna_dias", 3, _some(skin, ("logit adjustment", "fedssg")), seeds),
         ]
     early = tuple(name for name in skin if name != OPENED)
     late = tuple(name for name in early if name not in MINOR)
     made_up = {name: changes for name, changes in phantom.items() if name not in BALANCED_MINOR}
     away = _some(skin, ELSEWHERE_ARMS)
     return [
-        *_cells("skin", EARLY["skin"], _some(skin, early), seeds),
-        *_cells("phantom", EARLY["phantom"], made_up, seeds),
-        *_cells("skin", LATE["skin"], _some(skin, late), seeds),
-        *_cells("phantom", LATE["phantom"], _some(phantom, late), seeds),
-        *_cells("skin-cut", CUT, _some(skin, CUT_ARMS), seeds),
-        *(cell for source in SOURCES for cell in _cells(f"without-{source}", ELSEWHERE, away, seeds)),
-        *_cells("skin-cut", EARLY["skin"], _some(skin, CUT_EARLY_ARMS), seeds),
-        *_cells("skin", EARLY["skin"], CHOICES, seeds),
-        *_cells("skin", LATE["skin"], CHOICES, seeds),
-        *_cells("skin-cut", CUT, CHOICES, seeds),
-        *_cells("phantom", EARLY["phantom"], CHOICES, seeds),
-        *_cells("phantom", LATE["phantom"], CHOICES, seeds),
-        *_cells("phantom", EARLY["phantom"], vae_ablations("phantom"), seeds),
-        *_cells("skin-cut", CUT, ablations(), seeds),
+        *cells_of("skin", EARLY["skin"], _some(skin, early), seeds),
+        *cells_of("phantom", EARLY["phantom"], made_up, seeds),
+        *cells_of("skin", LATE["skin"], _some(skin, late), seeds),
+        *cells_of("phantom", LATE["phantom"], _some(phantom, late), seeds),
+        *cells_of("skin-cut", CUT, _some(skin, CUT_ARMS), seeds),
+        *(cell for source in SOURCES for cell in cells_of(f"without-{source}", ELSEWHERE, away, seeds)),
+        *cells_of("skin-cut", EARLY["skin"], _some(skin, CUT_EARLY_ARMS), seeds),
+        *cells_of("skin", EARLY["skin"], CHOICES, seeds),
+        *cells_of("skin", LATE["skin"], CHOICES, seeds),
+        *cells_of("skin-cut", CUT, CHOICES, seeds),
+        *cells_of("phantom", EARLY["phantom"], CHOICES, seeds),
+        *cells_of("phantom", LATE["phantom"], CHOICES, seeds),
+        *cells_of("skin", EARLY["skin"], pretrained(skin), seeds),
+        *cells_of("skin", LATE["skin"], pretrained(skin), seeds),
+        *cells_of("phantom", EARLY["phantom"], vae_ablations("phantom"), seeds),
+        *cells_of("skin-cut", CUT, ablations(), seeds),
     ]
 
 
 def _some(every: dict[str, Changes], names: tuple[str, ...]) -> dict[str, Changes]:
     return {name: every[name] for name in names}
-
-
-def _cells(scenario: str, rounds: int, chosen: dict[str, Changes], seeds: list[int]) -> list[Cell]:
-    made = {name: tuple((key, json.dumps(value)) for key, value in c.items()) for name, c in chosen.items()}
-    return [Cell(scenario, rounds, name, changes, seed) for seed in seeds for name, changes in made.items()]

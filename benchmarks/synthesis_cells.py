@@ -10,31 +10,26 @@ from __future__ import annotations
 import csv
 import json
 import math
-import shutil
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from cell_runs import Cell, Json, close_cell, finished_cell, train_cell
+from natural_start import save_natural_start
 
 from polyclinic.data.dataset import SiteData
 from polyclinic.data.manifest import collect
-from polyclinic.errors import PolyclinicError
 from polyclinic.evaluation.inference import probabilities
 from polyclinic.evaluation.predictions import Predictions, write_predictions
 from polyclinic.models.registry import start_model
 from polyclinic.models.weights import load_tensors, read_tensors
-from polyclinic.results import RunFolder
-from polyclinic.runner import Run, Silent, load_sites
+from polyclinic.runner import load_sites
 from polyclinic.seeds import generator
 from polyclinic.study import Study, validate_study
 from polyclinic.tasks import make_task
 from polyclinic.yaml_settings import assign
 
-Json = dict[str, Any]
 SKIN = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 SOURCES = ("rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias")
 DIAGNOSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")
@@ -52,29 +47,11 @@ SEEN_CELLS = 25
 """Cells of up to so many training images are small."""
 CUT = "skin-cut.csv"
 """The table of skin-cut, in the work folder."""
+NATURAL = "natural.safetensors"
+"""Weights of a start on natural images, in the work folder."""
 LOADED = 4
 """Data sets that a process keeps."""
 _loaded: dict[str, dict[str, SiteData]] = {}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is trained once."""
-
-    scenario: str
-    rounds: int
-    arm: str
-    changes: tuple[tuple[str, str], ...]
-    """What the arm sets: places in the notation of ``--set``, and values as JSON."""
-    seed: int
-
-    @property
-    def key(self) -> str:
-        """Names its folder below the work folder."""
-        slug = "".join(c if c.isalnum() else "-" for c in self.arm.lower()).strip("-")
-        while "--" in slug:
-            slug = slug.replace("--", "-")
-        return f"{self.scenario}/{self.rounds}/{slug}-seed{self.seed}"
 
 
 def kind_of(scenario: str) -> str:
@@ -94,6 +71,8 @@ def study_of(cell: Cell, work: Path, data: Path) -> Study:
     for table in raw["data"].get("tables", []):
         if table["path"] == CUT:
             table["path"] = str((work / CUT).resolve())
+    if raw["model"].get("weights") == NATURAL:
+        raw["model"]["weights"] = str((work / NATURAL).resolve())
     raw["data"]["root"] = str(data.resolve())
     raw["data"]["image"] |= {"cache": "memmap", "cache_folder": str((work / "cache").resolve())}
     return validate_study(raw, cell.key)
@@ -138,11 +117,12 @@ def _phantom() -> Json:
 
 
 def prepare(scenarios: Sequence[str], work: Path, data: Path) -> None:
-    """Write the cut table and decode the images of every scenario, once, before workers start."""
+    """Write the cut table and the natural start, decode the images of every scenario, once, before workers start."""
     work.mkdir(parents=True, exist_ok=True)
     plain = Cell("skin", 1, "fedavg", (), 0)
     if "skin-cut" in scenarios and not (work / CUT).is_file():
         write_cut(study_of(plain, work, data), work / CUT)
+    save_natural_start(study_of(plain, work, data), work / NATURAL)
     wanted = {*scenarios, *("skin" for s in scenarios if s.startswith("without-"))}
     for scenario in sorted(wanted):
         study = study_of(Cell(scenario, 1, "fedavg", (), 0), work, data)
@@ -187,47 +167,17 @@ def sites_of(study: Study, work: Path) -> dict[str, SiteData]:
 
 
 def measure(cell: Cell, work: Path, data: Path) -> Json:
-    """Train and test a cell whose folder is not finished; what its ``cell.json`` holds.
-
-    The report that a run usually writes is left out: it takes longer than a round. A stopped cell goes on after its
-    last finished round.
-    """
+    """Train and test a cell whose folder is not finished; what its ``cell.json`` holds."""
     study = study_of(cell, work, data)
-    folder = RunFolder(work / cell.key)
-    begun = folder.checkpoint.is_file() and same(folder, study)
-    if not begun:
-        shutil.rmtree(folder.path, ignore_errors=True)
-        folder.create(study)
-    sites = sites_of(study, work)
-    wall, processor = time.perf_counter(), time.process_time()
-    run = Run(study, sites, folder, Silent())
-    run.train()
-    run.test()
-    seconds = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
+    about = train_cell(study, work / cell.key, lambda: sites_of(study, work))
     if cell.scenario.startswith("without-"):
         judge_elsewhere(cell, study, work, data)
-    shutil.rmtree(folder.path / "state", ignore_errors=True)
-    about = {"arm": cell.arm, "recipe": recipe(cell), "seconds": seconds, "resumed": begun}
-    folder.write("cell.json", json.dumps(about, indent=1))
-    return about
+    return close_cell(work / cell.key, {"arm": cell.arm, "recipe": recipe(cell), **about})
 
 
 def finished(cell: Cell, work: Path) -> Json | None:
     """What ``cell.json`` holds, or None where the cell was not measured, or with other settings."""
-    path = work / cell.key / "cell.json"
-    if not path.is_file():
-        return None
-    about: Json = json.loads(path.read_text(encoding="utf-8"))
-    return about if about["recipe"] == json.loads(json.dumps(recipe(cell))) else None
-
-
-def same(folder: RunFolder, study: Study) -> bool:
-    """Whether a folder holds a begun run of this study."""
-    try:
-        folder.open(study)
-    except PolyclinicError:
-        return False
-    return True
+    return finished_cell(work / cell.key, recipe(cell))
 
 
 def judge_elsewhere(cell: Cell, study: Study, work: Path, data: Path) -> None:
