@@ -61,11 +61,11 @@ class VAESettings(Settings):
 
 
 class FeaturesSettings(Settings):
-    """Gaussians of the trained network's features by class and device; its last layer is trained anew on draws."""
+    """Gaussians of the trained network's features by class; its last layer is trained anew on draws."""
 
     name: Literal["features"] = "features"
-    devices: bool = True
-    """Class and device, so that cells nobody owns are drawn as well; false: classes alone, as in CCVR."""
+    devices: bool = False
+    """Gaussians of class and device, so that cells nobody owns are drawn too; false: of classes alone, as in CCVR."""
     every: int = Field(10, ge=0)
     """Re-calibrate every so many rounds, where these are judged (``evaluation.every``), and after the last; 0: only
     after the last. Only such rounds can be chosen."""
