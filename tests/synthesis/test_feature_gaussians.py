@@ -258,7 +258,8 @@ def test_a_class_without_draws_is_not_unlearned(gone: int) -> None:
 
 # Over sites, in a run.
 
-FEATURES: dict[str, Any] = {"generator": [{"name": "features", "samples": 50, "epochs": 5}], "style": 0.0}
+SMALL = {"name": "features", "devices": True, "samples": 50, "epochs": 5}
+FEATURES: dict[str, Any] = {"generator": [SMALL], "style": 0.0}
 
 
 def run_of(tmp_path: Path, owned: Any = None, features: dict[str, Any] | None = None, **sections: Any) -> Run:
