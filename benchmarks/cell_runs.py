@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import RESULTS, ROOT
 
 from polyclinic.data.dataset import SiteData
 from polyclinic.errors import PolyclinicError
@@ -51,6 +53,22 @@ def cells_of(scenario: str, rounds: int, arms: Mapping[str, Mapping[str, Any]], 
     """A cell for every seed and arm, seed by seed; an arm is its name and what it sets."""
     made = {name: tuple((key, json.dumps(value)) for key, value in changes.items()) for name, changes in arms.items()}
     return [Cell(scenario, rounds, name, changes, seed) for seed in seeds for name, changes in made.items()]
+
+
+def command_line(description: str, name: str) -> argparse.ArgumentParser:
+    """What every benchmark of cells can be told; its cells lie below ``runs/<name>``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="a few methods, one seed, a few rounds")
+    parser.add_argument("--tables", action="store_true", help="train nothing, only write tables from what there is")
+    parser.add_argument("--plan", action="store_true", help="print the cells and how long they will take")
+    parser.add_argument("--scenario", action="append", help="one by its name in the tables; may be repeated")
+    parser.add_argument("--arm", action="append", help="one method by its name in the tables; may be repeated")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of 0, 1 and 2")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--minutes", type=float, help="begin no cell after so many minutes")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / name, help="where cells go")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the tables go")
+    return parser
 
 
 def train_cell(study: Study, path: Path, sites: Callable[[], Mapping[str, SiteData]]) -> Json:

@@ -10,33 +10,22 @@ stopped benchmark goes on after the last finished round. It needs the images: ``
 
 from __future__ import annotations
 
-import argparse
 import os
 import zipfile
 from functools import partial
 from pathlib import Path
 
-from cell_runs import Cell, attempted, expected_seconds, tell, train_all
+from cell_runs import Cell, attempted, command_line, expected_seconds, tell, train_all
 from synthesis_arms import planned
 from synthesis_cells import finished, kind_of, measure, prepare
 from synthesis_tables import write_results
-from tables import RESULTS, ROOT
+from tables import ROOT
 
 
 def main() -> None:
     """Measure what is missing, the most important first, then write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="six methods, one seed, a few rounds")
-    parser.add_argument("--tables", action="store_true", help="train nothing, only write tables from what there is")
-    parser.add_argument("--plan", action="store_true", help="print the cells and how long they will take")
-    parser.add_argument("--scenario", action="append", help="skin, skin-cut, phantom, without; may be repeated")
-    parser.add_argument("--arm", action="append", help="one method by its name in the tables; may be repeated")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of 0, 1 and 2")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--minutes", type=float, help="begin no cell after so many minutes")
+    parser = command_line(__doc__.splitlines()[0] if __doc__ else "", "fedssg")
     parser.add_argument("--public", type=Path, help="folder or zip of public images [default: flowers of the data]")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "fedssg", help="where cells go")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the tables go")
     options = parser.parse_args()
     data = Path(os.environ.get("POLYCLINIC_DATA", ROOT / ".." / "shared" / "data")).resolve()
     work = options.runs / ("quick" if options.quick else "full")
