@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import polyclinic
 from polyclinic.study import load_study
@@ -25,7 +26,7 @@ Said = tuple[int, str, str]
 COMMANDS = [
     [],
     *(["demo"], ["run"], ["compare"], ["check"], ["predict"], ["report"], ["methods"], ["schema"], ["data"]),
-    *(["data", name] for name in ("build", "split", "partition", "phantom", "import")),
+    *(["data", name] for name in ("build", "split", "partition", "phantom", "proxies", "import")),
     ["audit"],
     ["audit", "collusion"],
     *(["keys"], *(["keys", name] for name in ("new", "show", "trust", "pair"))),
@@ -184,6 +185,34 @@ def test_from_files_to_predictions(polyclinic_says: Callable[..., Said], tiny_fi
     assert len(read(out)) == len(rows)
 
 
+def test_public_images_and_networks_of_their_own(
+    polyclinic_says: Callable[..., Said], tiny_file: File, tmp_path: Path
+) -> None:
+    folder = tmp_path / "public"
+    for index, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (24, 24), (40 * index, 60 * number, 9)).save(folder / name / f"{number}.png")
+    code, said, _ = polyclinic_says("data", "proxies", folder, "--out", tmp_path / "p.json", "--per-class", 2)
+    assert code == 0
+    assert said.startswith(f"manifest: {tmp_path / 'p.json'} (4 images of 2 classes, SHA-256 ")
+    proxies = {"manifest": "p.json", "images": "public"}
+    own = {"method": {"name": "local"}, "models": {"north": {"name": "small-resnet", "width": 4}}, "proxies": proxies}
+    study = tiny_file(**own)
+    code, said, _ = polyclinic_says("check", study, "--data-root", tmp_path)
+    assert code == 0
+    assert "network of north small-resnet: " in said
+    assert "network of west small-cnn: " in said
+    assert "public images public: 4 of 2 classes, each as the manifest says" in said
+    refused(polyclinic_says("check", tiny_file(**{**own, "method": "fedavg"})), "the same network at every site")
+    nowhere = tiny_file(**{**own, "models": {"nort": {"name": "small-resnet"}}})
+    refused(polyclinic_says("check", nowhere, "--data-root", tmp_path), "models.nort: there is no site 'nort'")
+    kept = [one["path"] for one in json.loads((tmp_path / "p.json").read_text())["images"]]
+    (folder / kept[0]).write_bytes(b"other")
+    altered = polyclinic_says("check", tiny_file(**own), "--data-root", tmp_path)
+    refused(altered, f"{kept[0]!r} of 'public' is not the manifest's")
+
+
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
@@ -215,6 +244,8 @@ def test_from_files_to_predictions(polyclinic_says: Callable[..., Said], tiny_fi
         ("data split no.csv --out x.csv --classes a,b --gap 1", "gap: 1 needs kind: consecutive"),
         ("data build nowhere --out x.csv", "nowhere is not a folder"),
         ("data phantom", "give --out FOLDER"),
+        ("data proxies nowhere --out x.json", "nowhere is neither a folder nor a zip of images"),
+        ("data proxies nowhere --out x.json --columns image", "give two names"),
         ("data import", "give a data set"),
         ("fly", "No such command 'fly'"),
     ],

@@ -11,6 +11,7 @@ from toys import linear, site_data
 from polyclinic.errors import SiteError
 from polyclinic.study import TaskSettings, TrainingSettings
 from polyclinic.tasks import make_task
+from polyclinic.training import fit as fit_batches
 from polyclinic.training import learning_rate, train
 
 TASK = TaskSettings(kind="multi-class", classes=["a", "b"])
@@ -109,3 +110,52 @@ def test_learning_rate_schedules() -> None:
     assert [learning_rate(constant, n, 4) for n in (1, 4)] == [0.4, 0.4]
     assert [learning_rate(cosine, n, 4) for n in (1, 3)] == pytest.approx([0.4, 0.2])
     assert 0 < learning_rate(cosine, 4, 4) < 0.1
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_fitting_batches_takes_the_steps_of_torch(optimizer: str) -> None:
+    """A line through points, three batches of two: the parameter and the mean of the losses."""
+    points = torch.tensor([[0.0, 1.0], [1.0, 3.0], [2.0, 4.0], [3.0, 8.0], [4.0, 9.0], [5.0, 10.0]])
+    settings = TrainingSettings(optimizer=optimizer, weight_decay=0.1, clip=2.0)
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer]
+    ours, theirs = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+
+    def loss(slope: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        return (slope[0] * part[:, 0] + slope[1] - part[:, 1]).square().mean()
+
+    mean = fit_batches([ours], points.split(2), lambda part: loss(ours, part), settings, lr=0.05, seed=0)
+    chosen, seen = kind([theirs], lr=0.05, weight_decay=0.1), []
+    for part in points.split(2):
+        chosen.zero_grad()
+        found = loss(theirs, part)
+        found.backward()
+        torch.nn.utils.clip_grad_norm_([theirs], 2.0)
+        chosen.step()
+        seen.append(float(found.detach()))
+    torch.testing.assert_close(ours, theirs)
+    assert mean == pytest.approx(sum(seen) / 3)
+    assert ours.grad is None
+
+
+def test_fitting_draws_from_its_seed_and_leaves_torchs_state_alone() -> None:
+    def fitted(seed: int) -> torch.Tensor:
+        value = torch.zeros(64, requires_grad=True)
+
+        def loss(_: int) -> torch.Tensor:
+            return (F.dropout(torch.ones(64)) * value).sum()
+
+        fit_batches([value], range(3), loss, TrainingSettings(), lr=0.1, seed=seed)
+        return value.detach()
+
+    before = torch.get_rng_state()
+    first = fitted(0)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, fitted(0))
+    assert not torch.equal(first, fitted(1))
+
+
+def test_fitting_nothing_and_fitting_what_explodes() -> None:
+    value = torch.ones(1, requires_grad=True)
+    assert math.isnan(fit_batches([value], [], lambda _: value.sum(), TrainingSettings(), lr=1.0, seed=0))
+    with pytest.raises(SiteError, match=r"diverged .* within 60 steps at learning rate 100.*Lower it"):
+        fit_batches([value], range(60), lambda _: value.square().sum(), TrainingSettings(), lr=100.0, seed=0)

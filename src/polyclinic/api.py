@@ -21,6 +21,7 @@ from polyclinic.yaml_settings import explain
 if TYPE_CHECKING:
     from polyclinic.data.build import Built
     from polyclinic.data.manifest import Case
+    from polyclinic.data.proxy_manifest import ProxyManifest
     from polyclinic.runner import Observer
 
 Group = TypeVar("Group", bound=Settings)
@@ -123,7 +124,8 @@ def check(study: Study | Path | str, observer: Observer | None = None) -> dict[s
     """Validate a study and its data without training: every image is read, the network is built.
 
     Returns:
-        ``sites`` (devices, patients, images and labels of each split), ``notes`` and ``model``.
+        ``sites`` (devices, patients, images and labels of each split), ``notes`` and ``model``; with networks of
+        their own at some sites ``models``, by site; with public images ``proxies``.
 
     Raises:
         StudyError, DataError: Whatever a run would have refused.
@@ -133,15 +135,17 @@ def check(study: Study | Path | str, observer: Observer | None = None) -> dict[s
     from polyclinic.comparison import check_sites, planned
     from polyclinic.data.manifest import class_notes
     from polyclinic.evaluation.notes import NO_FOREGROUND
-    from polyclinic.models.registry import describe, start_model
-    from polyclinic.runner import describe_site, load_sites
+    from polyclinic.federation.networks import site_networks
+    from polyclinic.models.registry import describe, untrained_model
+    from polyclinic.runner import describe_networks, describe_proxies, describe_site, load_sites
 
     study = _loaded(study)
     tried = planned(study)
     with tempfile.TemporaryDirectory() as scratch:
         sites = load_sites(study, Path(scratch), observer)
         check_sites(tried, sites)
-        model = start_model(study)
+        model = untrained_model(study)
+        networks = site_networks(study, sites) if study.mixed else {}
         notes = class_notes({name: data.cases for name, data in sites.items()}, study.task)
         for name, data in sites.items():
             if study.task.kind == "segmentation" and not data.has_foreground:
@@ -150,6 +154,8 @@ def check(study: Study | Path | str, observer: Observer | None = None) -> dict[s
             "sites": {name: describe_site(data) for name, data in sites.items()},
             "notes": notes,
             "model": {"name": study.model.name, **describe(model)},
+            **describe_networks(study, networks),
+            **describe_proxies(study),
         }
 
 
@@ -322,6 +328,13 @@ def phantom_kinds() -> list[str]:
     from polyclinic.data.phantoms import CLASSES, DEVICES
 
     return [f"{kind}: {', '.join(classes)}" for kind, classes in CLASSES.items()] + [f"devices: {', '.join(DEVICES)}"]
+
+
+def proxies(images: Path, out: Path, *, labels: Path | None = None, **options: Any) -> ProxyManifest:
+    """Hash public images and write their manifest; see ``polyclinic.data.proxy_manifest.make_manifest``."""
+    from polyclinic.data.proxy_manifest import make_manifest
+
+    return make_manifest(Path(images), Path(out), labels=None if labels is None else Path(labels), **options)
 
 
 def importers() -> dict[str, str]:

@@ -139,8 +139,15 @@ def check(
     for site_name, notes in found["notes"].items():
         for note in notes:
             out.print(f"[yellow]note:[/yellow] {escape(f'{site_name}: {note}' if site_name else note)}")
-    model = found["model"]
-    out.print(f"network {model['name']}: {model['parameters']:,} parameters")
+    networks = {f"network of {name}": model for name, model in found.get("models", {}).items()}
+    for what, model in (networks or {"network": found["model"]}).items():
+        out.print(f"{escape(what)} {escape(model['name'])}: {model['parameters']:,} parameters")
+    if "proxies" in found:
+        public = found["proxies"]
+        out.print(
+            f"public images {escape(public['name'])}: {public['images']:,} of {len(public['classes'])} classes, each "
+            "as the manifest says"
+        )
     out.print("[green]nothing wrong was found[/green]")
 
 
@@ -274,6 +281,30 @@ def data_phantom(
         raise StudyError("give --out FOLDER, or --list.")
     loaded = api.demo_study(set_ or []) if study is None else load(study, set_, None, None, None)
     say(f"manifest: {api.phantom(loaded, out_)}")
+
+
+@data_app.command("proxies")
+def data_proxies(
+    images: Annotated[Path, typer.Argument(help="Folder or zip of public images; a folder inside for each class.")],
+    out_: Annotated[Path, typer.Option("--out", help="The manifest: JSON.")],
+    labels: Annotated[
+        Path | None, typer.Option(help="Table with a path and a class for every image, instead of folders.")
+    ] = None,
+    columns: Annotated[str, typer.Option(help="--labels: its columns for path and class.")] = "image,label",
+    classes: Annotated[str, typer.Option(help="Classes to keep, in order \\[default: all].")] = "",
+    per_class: Annotated[int | None, typer.Option(min=2, help="At most so many images of each class, drawn.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the set \\[default: that of the folder or zip].")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+) -> None:
+    """Make the manifest of public images (the study's proxies): classes, labels and the SHA-256 of every image."""
+    from polyclinic.errors import StudyError
+
+    named = _names(columns)
+    if len(named) != 2:
+        raise StudyError(f"--columns {columns!r}: give two names, as in image,label.")
+    options: dict[str, Any] = {"columns": (named[0], named[1]), "classes": _names(classes), "per_class": per_class}
+    made = api.proxies(images, out_, labels=labels, name=name, seed=seed, **options)
+    say(f"manifest: {out_} ({len(made.images)} images of {len(made.classes)} classes, SHA-256 {made.digest})")
 
 
 @data_app.command("import")

@@ -11,7 +11,9 @@ from polyclinic.data.dataset import SiteData
 from polyclinic.errors import StudyError
 from polyclinic.evaluation.results import read_results
 from polyclinic.evaluation.summary import differences, table
+from polyclinic.federation.networks import check_models, site_networks
 from polyclinic.methods import make_method, method_class
+from polyclinic.methods.base import Method
 from polyclinic.results import Json, RunFolder, plain_json
 from polyclinic.runner import Observer, run_one
 from polyclinic.secure.backends import Aggregation
@@ -96,12 +98,20 @@ def run_comparison(
 
 
 def check_sites(plans: Mapping[str, Sequence[Study]], sites: Mapping[str, SiteData]) -> None:
-    """Raise DataError for images that one of the methods cannot train on, StudyError for sums that cannot be hidden."""
+    """Find what would stop one of the methods before its first round.
+
+    Raises:
+        DataError: Images that it cannot train on, or a network for a site that is not there. StudyError: Sums that
+            cannot be hidden, or networks that it cannot bring together.
+    """
     for studies in plans.values():
         method = make_method(studies[0])
         Aggregation(method.study, method, sorted(sites))
         for data in sites.values():
             method.check_data(data)
+        check_models(method.study, sites)
+        if method.study.mixed or type(method).check_networks is not Method.check_networks:
+            method.check_networks(site_networks(method.study, sites))
 
 
 def run_path(folder: Path, study: Study) -> Path:

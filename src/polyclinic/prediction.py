@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from polyclinic.data.build import find_images
@@ -20,13 +21,14 @@ from polyclinic.data.readers import Picture, read_picture, write_nifti_like
 from polyclinic.data.tables import load_table
 from polyclinic.data.transforms import Placement, place
 from polyclinic.errors import DataError, RunError, nearest
+from polyclinic.evaluation.central import CENTRAL
 from polyclinic.evaluation.inference import FALLBACK_THRESHOLD
 from polyclinic.evaluation.results import read_results
 from polyclinic.models.normalisation import shared_names
-from polyclinic.models.registry import start_model
+from polyclinic.models.registry import start_model, untrained_model
 from polyclinic.models.weights import load_tensors, read_tensors
 from polyclinic.results import RunFolder
-from polyclinic.study import Study
+from polyclinic.study import ModelSettings, Study
 from polyclinic.tasks import Task, make_task
 from polyclinic.tasks.segmentation import Segmentation
 from polyclinic.vectors.merged import Merged
@@ -40,7 +42,8 @@ def predict_files(run_folder: Path, images: Path, out: Path, *, site: str | None
         images: An image file, a folder, or a CSV or Parquet table with a column ``image`` of paths relative to it.
         out: A CSV file (classification), or a folder (segmentation) that gets one mask per image, PNG for flat
             images and NIfTI for volumes, at the image's own size, its values the indices of the classes.
-        site: Whose personal model to use; needed where the method keeps one per site. Where one model serves all but
+        site: Whose personal model to use, each with the site's own network; needed where the method keeps one per site.
+            ``central``: the server's own, where there is one. Where one model serves all but
             each site chose its threshold on validation images, whose threshold; without it their mean.
 
     Returns:
@@ -85,23 +88,46 @@ def load_model(run_folder: Path, study: Study, site: str | None = None) -> nn.Mo
     """
     folder = run_folder / "models"
     names = sorted(path.stem for path in folder.glob("*.safetensors")) if RunFolder(run_folder).finished else []
-    if not names:
+    own = [name for name in names if name != CENTRAL]
+    if not own:
         hint = " It is a comparison: give one of the folders below runs/." if (run_folder / "runs").is_dir() else ""
         raise RunError(f"{run_folder} has no models: the run is not finished.{hint}")
-    if names == ["global"] and site is not None and study.task.threshold != "validation":
+    if own == ["global"] and site not in (None, CENTRAL) and study.task.threshold != "validation":
         raise RunError(f"method {study.method.name} has one model for all sites: leave out --site.")
-    wanted = "global" if names == ["global"] else site
+    wanted = "global" if own == ["global"] and site != CENTRAL else site
     if wanted is None:
         raise RunError(f"method {study.method.name} keeps a model per site: give --site, one of {', '.join(names)}.")
     if wanted not in names:
         raise RunError(f"{run_folder} has no model of {wanted!r}. {nearest(wanted, names)}")
-    model = start_model(study.model_copy(update={"model": study.model.model_copy(update={"weights": ""})}))
-    tensors, _ = read_tensors(folder / f"{wanted}.safetensors")
+    tensors, metadata = read_tensors(folder / f"{wanted}.safetensors")
+    settings = study.model_of(wanted)
+    if wanted == CENTRAL:
+        settings = _central_settings(metadata.get("model", ""), folder / f"{CENTRAL}.safetensors")
+    model = untrained_model(study, settings.model_copy(update={"weights": ""}))
     missing = [name for name in shared_names(model, "batch") if name not in tensors]
     if missing:
         raise RunError(f"{folder / wanted}.safetensors lacks {missing[0]!r}: it belongs to another network.")
     load_tensors(model, tensors)
     return model.eval()
+
+
+def _central_settings(told: str, path: Path) -> ModelSettings:
+    """The network of the server's own model, which it was saved with.
+
+    Raises:
+        RunError: The file does not say, or its running statistics are not those of patients.
+    """
+    try:
+        settings = ModelSettings.model_validate_json(told)
+    except ValidationError as error:
+        raise RunError(f"{path} does not say which network it belongs to. Finish the run again.") from error
+    if settings.norm.startswith("batch"):
+        raise RunError(
+            f"{path} was trained where there are no patients, and its batch normalisation has the statistics of public "
+            "images, with which it knows nothing of yours. Give --site with a site's name; or train with norm: group "
+            "for the central network."
+        )
+    return settings
 
 
 def _load_merged(merged: Merged, study: Study, site: str | None) -> nn.Module:

@@ -13,22 +13,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import nn
 
 from polyclinic.data.dataset import SiteData
 from polyclinic.data.manifest import class_notes, collect
+from polyclinic.data.proxies import load_proxies
 from polyclinic.data.scanners import check_scanners
 from polyclinic.data.split import check_splits, write_splits
 from polyclinic.errors import DataError, StudyError
+from polyclinic.evaluation.central import CENTRAL, report_central
 from polyclinic.evaluation.ops import choose, evaluation_ops, report_test, validate
 from polyclinic.evaluation.results import write_replicates
 from polyclinic.evaluation.summary import SiteResult, summarise
 from polyclinic.federation.local import LocalChannel
 from polyclinic.federation.message import Message
+from polyclinic.federation.networks import SITE, check_models
 from polyclinic.federation.site import Leaf, Op, Site, Workbench
 from polyclinic.federation.state import ServerState
 from polyclinic.methods import make_method
 from polyclinic.methods.pooled import POOLED_SITE
-from polyclinic.models.registry import describe, start_model
+from polyclinic.models.registry import describe
 from polyclinic.models.weights import save_tensors, shared_tensors, snapshot
 from polyclinic.results import Json, RunFolder, plain_json
 from polyclinic.secure.backends import Aggregation
@@ -41,7 +45,7 @@ from polyclinic.training import learning_rate
 if TYPE_CHECKING:
     from polyclinic.secure.identity import Credentials
 
-RESERVED_SITES = frozenset({POOLED_SITE, "exchange", "global", "mean", "server", "worst"})
+RESERVED_SITES = frozenset({CENTRAL, POOLED_SITE, "exchange", "global", "mean", "server", "worst"})
 
 
 class Observer(Protocol):
@@ -173,14 +177,18 @@ class Run:
         for data in sites.values():
             self.method.check_data(data)
         self.aggregation = Aggregation(study, self.method, sorted(sites))
-        self.bench = Workbench(lambda: start_model(study), study.device)
+        check_models(study, sites)
+        networks = self.method.networks
+        self.bench = networks.of(study.model, SITE)
+        self.method.check_networks({name: networks.of_site(name).model for name in sorted(sites)})
         self.losses: dict[str, float] = {}
         exchanged = folder.path / "state" / "exchange"
         self.exchange: ExchangeRun | None = None
         if study.synthesis is not None:
             exchange = Exchange(study, self.bench)
             sums = Aggregation(study, exchange, sorted(sites))
-            channel = self._local_channel(sums.ops, sums.credentials, exchanged)
+            # What sites sum of samples comes from one network, whatever each trains.
+            channel = self._local_channel(sums.ops, sums.credentials, exchanged, bench=self.bench)
             self.exchange = ExchangeRun(exchange, channel, sums, folder, observer)
         self.channel = self._local_channel(
             {**self.aggregation.ops, **evaluation_ops(self.method)},
@@ -236,9 +244,12 @@ class Run:
         if not self.method.personal:
             self.folder.guard(lambda: (path / "models").mkdir(exist_ok=True))
             save_tensors(path / "models" / "global.safetensors", self.state.groups["chosen"])
+        central = self.folder.guard(lambda: report_central(self.method, self.channel, self.state, path / "models"))
         self.folder.guard(lambda: write_replicates(path / "replicates.safetensors", results))
+        if found := self.method.records(self.state):
+            self.folder.write("transfer.json", json.dumps(plain_json(found), indent=1))
         self.folder.write("privacy.json", json.dumps(self._what_leaves(), indent=2))
-        metrics = self._metrics(results)
+        metrics = {**self._metrics(results), **central}
         self.folder.write("metrics.json", json.dumps(plain_json(metrics), indent=1))
         return metrics
 
@@ -266,9 +277,10 @@ class Run:
         credentials: Mapping[str, Credentials],
         folder: Path,
         exchanged: Path | None = None,
+        bench: Workbench | None = None,
         on_call: Callable[[str, str, Message], None] | None = None,
     ) -> LocalChannel:
-        """Sites with these ops, whose states lie below ``folder``."""
+        """Sites with these ops, whose states lie below ``folder``; on ``bench``, or each on its own network's."""
         study = self.study
         task = make_task(study.task, study.training)
 
@@ -278,7 +290,8 @@ class Run:
                 study,
                 data,
                 task,
-                workbench=self.bench,
+                workbench=bench or self.method.networks.of_site(name),
+                networks=self.method.networks,
                 ops=ops,
                 folder=folder,
                 credentials=credentials.get(name),
@@ -315,6 +328,10 @@ class Run:
             "bytes": channel.traffic.by_op(),
         }
 
+    def _used_proxies(self) -> Json:
+        used = self.study.proxies is not None and (self.study.proxies.pretrain or "proxies" in self.method.ops())
+        return describe_proxies(self.study) if used else {}
+
     def _metrics(self, results: Mapping[str, SiteResult]) -> Json:
         study, records = self.study, self.records
         table = summarise(results, study.evaluation.confidence)
@@ -332,6 +349,8 @@ class Run:
             "task": study.task.kind,
             "classes": study.task.classes,
             "model": {"name": study.model.name, **describe(self.bench.model)},
+            **describe_networks(study, {name: self.method.networks.of_site(name).model for name in self.data}),
+            **self._used_proxies(),
             "chosen_round": self.state.scalars["chosen_round"],
             "rounds": study.method.rounds,
             "sites": {
@@ -353,6 +372,23 @@ class Run:
             },
             "process_peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
+
+
+def describe_networks(study: Study, networks: Mapping[str, nn.Module]) -> Json:
+    """``models``: name and size of every site's network, where they are not all the same; else nothing."""
+    if not study.mixed:
+        return {}
+    found = {site: {"name": study.model_of(site).name, **describe(networks[site])} for site in sorted(networks)}
+    return {"models": found}
+
+
+def describe_proxies(study: Study) -> Json:
+    """``proxies``: what the public images of the study are, where it has any; else nothing."""
+    if study.proxies is None:
+        return {}
+    found = load_proxies(study)
+    named = {"name": found.name, "images": len(found), "classes": found.classes, "sha256": found.digest}
+    return {"proxies": {**named, "pretrain": study.proxies.pretrain}}
 
 
 def describe_site(data: SiteData) -> Json:

@@ -276,13 +276,13 @@ class ModelSettings(Settings):
     """The network that is trained."""
 
     name: str = "small-cnn"
-    """A name of ``polyclinic methods`` (small-cnn, resnet18, mobilenet, densenet121, densenet3d, unet, unet-2.5d), or
-    your own as ``module:function``."""
+    """A name of ``polyclinic methods`` (small-cnn, small-resnet, resnet18, resnet34, resnet50, mobilenet, shufflenet,
+    efficientnet-b0, densenet121, densenet3d, unet, unet-2.5d), or your own as ``module:function``."""
     norm: Literal["batch", "batch-local", "group", "instance"] = "batch"
     """``batch``: running statistics are averaged over sites. ``batch-local``: they stay at the site. ``group`` and
     ``instance`` have none."""
     width: int = Field(16, ge=1)
-    """Channels of the first layer of small-cnn and unet."""
+    """Channels of the first layer of small-cnn, small-resnet and unet."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the network's constructor."""
     harmonise: float = Field(0.0, ge=0, le=1)
@@ -291,8 +291,23 @@ class ModelSettings(Settings):
     harmonise_window: int | None = Field(None, ge=0)
     """harmonise: half-width of the low frequencies that are replaced; 0: the mean of each colour alone, as in HarmoFL's
     published code; empty: all."""
+    embedding: int | None = Field(None, ge=1)
+    """Features that enter the last layer: a linear layer to so many and a ReLU before it, so that different networks
+    have features alike; empty: as the network has them."""
     weights: str = ""
     """A safetensors file to start from, relative to ``data.root``; empty: random, from the study's seed."""
+
+
+class ProxySettings(Settings):
+    """Public images with labels that every site and the server have; ``polyclinic data proxies`` makes the manifest."""
+
+    manifest: str
+    """JSON with classes, labels and the SHA-256 of every image; it travels with the study, so it is relative to the
+    study file (in ``set`` of a comparison's method to ``data.root``)."""
+    images: str
+    """Folder or zip that the manifest's paths are relative to, relative to ``data.root``. Images are never sent."""
+    pretrain: int = Field(0, ge=0)
+    """Passes over the images before round 1 that every network starts from; its last layer stays random."""
 
 
 class AugmentSettings(Settings):
@@ -430,6 +445,10 @@ class Study(Settings):
     """Where the images are."""
     model: ModelSettings = ModelSettings()
     """The network."""
+    models: dict[SiteName, ModelSettings] = {}
+    """The network of a site that has one of its own; sites not named use ``model``."""
+    proxies: ProxySettings | None = None
+    """Public images that sites and server have alike, for methods that exchange knowledge through them; empty: none."""
     training: TrainingSettings = TrainingSettings()
     """Local training."""
     method: SerializeAsAny[Any] = Field("fedavg", validate_default=True)
@@ -466,12 +485,28 @@ class Study(Settings):
     def digest(self) -> str:
         """SHA-256 of what all parties must agree on, hexadecimal: everything but where data and keys lie."""
         own = self.model_dump(mode="json", exclude={"data", "device", "compare", "federation", "description"})
+        if own["proxies"] is not None:
+            # Where they lie is a site's own business; what they are is compared before round 1.
+            own["proxies"] = {"pretrain": own["proxies"]["pretrain"]}
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+    def model_of(self, site: str) -> ModelSettings:
+        """The network of a site: its own in ``models``, else ``model``."""
+        return self.models.get(site, self.model)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether any site has other network settings than ``model``."""
+        return any(own != self.model for own in self.models.values())
 
     @property
     def weights_path(self) -> Path | None:
         """The file that training starts from, or None for a random start."""
-        return Path(self.data.root) / self.model.weights if self.model.weights else None
+        return self.weights_of(self.model)
+
+    def weights_of(self, model: ModelSettings) -> Path | None:
+        """The file that a network starts from, or None for a random start."""
+        return Path(self.data.root) / model.weights if model.weights else None
 
 
 def load_study(
@@ -509,7 +544,12 @@ def load_study(
     data = study.data.model_copy(update={"root": str(root.expanduser().resolve())})
     own = {name: getattr(study.federation, name) for name in ("roster", "keys")}
     own = {name: str((path.parent / value).expanduser().resolve()) for name, value in own.items() if value}
-    return study.model_copy(update={"data": data, "federation": study.federation.model_copy(update=own)})
+    proxies = study.proxies
+    if proxies is not None:
+        manifest = str((path.parent / proxies.manifest).expanduser().resolve())
+        proxies = proxies.model_copy(update={"manifest": manifest})
+    federation = study.federation.model_copy(update=own)
+    return study.model_copy(update={"data": data, "federation": federation, "proxies": proxies})
 
 
 def validate_study(raw: Mapping[str, Any], where: str = "study") -> Study:
@@ -599,7 +639,7 @@ def with_method(study: Study, method: str | Mapping[str, Any], seed: int) -> Stu
     return changed
 
 
-OWN_SECTIONS = ("task.loss", "task.tau", "model", "training", "aggregation", "synthesis")
+OWN_SECTIONS = ("task.loss", "task.tau", "model", "models", "proxies", "training", "aggregation", "synthesis")
 """What ``set`` of a method in a comparison may change: never the images, the classes or how a run is judged."""
 
 

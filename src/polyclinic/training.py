@@ -7,11 +7,11 @@ enough, and ``adjust`` changes them before the step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from polyclinic.seeds import generator
 from polyclinic.study import TrainingSettings
 from polyclinic.synthesis.supplement import Supplement
 from polyclinic.tasks import Task
+
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -163,7 +165,7 @@ def train(
     with _only_trained(model, only):
         parameters: list[Tensor] = list(trained_parameters(model).values())
         device = parameters[0].device
-        optimizer = _optimizer(parameters, settings, lr)
+        optimizer = make_optimizer(parameters, settings, lr)
         total = torch.zeros((), dtype=torch.float64, device=device)
         images = 0
         feed = _Feed(data, task, settings, seed, supplement)
@@ -184,13 +186,68 @@ def train(
                 images += len(indices)
         optimizer.zero_grad(set_to_none=True)
     mean = float(total) / images if images else math.nan
-    finite = math.isfinite(mean) and bool(torch.stack(torch._foreach_norm(parameters)).isfinite().all())
-    if images and not finite:
+    if images:
+        _check_finite(mean, parameters, step.number, lr)
+    return TrainingResult(mean, step.number, images)
+
+
+def fit(
+    parameters: list[Tensor],
+    batches: Iterable[T],
+    loss: Callable[[T], Tensor],
+    settings: TrainingSettings,
+    *,
+    lr: float,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> float:
+    """Minimise a loss over batches that are no site's patients: public images, logits, features.
+
+    The plain loop with the study's optimizer and clipping. Modes of networks and order of batches are the caller's.
+
+    Args:
+        parameters: What the optimizer moves.
+        batches: One a step, of whatever kind ``loss`` takes.
+        loss: Mean loss of a batch at the parameters' current values.
+        settings: Optimizer, its momentum and weight decay, clipping, mixed precision.
+        lr: Learning rate, constant.
+        seed: Of dropout, and whatever else draws from torch's global stream inside.
+        device: Where the parameters are.
+
+    Returns:
+        The mean of the batches' losses (NaN without a batch).
+
+    Raises:
+        SiteError: The loss is not finite; names the step and what to try.
+    """
+    device = torch.device(device)
+    optimizer = make_optimizer(parameters, settings, lr)
+    total, steps = torch.zeros((), dtype=torch.float64, device=device), 0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        _seed_global(seed, device)
+        for batch in batches:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.amp and device.type == "cuda"):
+                found = loss(batch)
+            found.backward()  # type: ignore[no-untyped-call]
+            if settings.clip is not None:
+                nn.utils.clip_grad_norm_(parameters, settings.clip, foreach=True)
+            optimizer.step()
+            total += found.detach()
+            steps += 1
+    optimizer.zero_grad(set_to_none=True)
+    mean = float(total) / steps if steps else math.nan
+    if steps:
+        _check_finite(mean, parameters, steps, lr)
+    return mean
+
+
+def _check_finite(mean: float, parameters: list[Tensor], steps: int, lr: float) -> None:
+    if not math.isfinite(mean) or not bool(torch.stack(torch._foreach_norm(parameters)).isfinite().all()):
         raise SiteError(
-            f"training diverged (loss {mean}) within {step.number} steps at learning rate {lr:g}. "
+            f"training diverged (loss {mean}) within {steps} steps at learning rate {lr:g}. "
             "Lower it (training.lr, or the rates that the method sets), or set training.clip."
         )
-    return TrainingResult(mean, step.number, images)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -205,7 +262,8 @@ def learning_rate(settings: TrainingSettings, number: int, rounds: int) -> float
     return settings.lr
 
 
-def _optimizer(parameters: list[Tensor], settings: TrainingSettings, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[Tensor], settings: TrainingSettings, lr: float) -> torch.optim.Optimizer:
+    """The optimizer that the training asks for, fresh."""
     # fused: one call updates all parameters, on CPU as well.
     if settings.optimizer == "sgd":
         return torch.optim.SGD(

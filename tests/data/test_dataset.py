@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from polyclinic.data.batches import balanced_batches, epoch_batches
+from polyclinic.data.batches import balanced_batches, epoch_batches, proxy_batches
 from polyclinic.data.dataset import SiteData
 from polyclinic.data.manifest import Case
 from polyclinic.errors import DataError
@@ -158,6 +158,24 @@ def test_an_epoch_is_a_permutation_without_lone_images(count: int, size: int, se
     assert all(len(batch) in (size, size + 1) for batch in batches[:-1])
     if size > 1 and count > 1:
         assert min(len(batch) for batch in batches) > 1
+
+
+def test_batches_of_public_images_are_passes_or_steps() -> None:
+    positions = torch.tensor([3, 5, 7, 9, 11])
+
+    def drawn(**given: int) -> list[list[int]]:
+        return [part.tolist() for part in proxy_batches(positions, np.random.default_rng(0), 2, **given)]
+
+    passes = drawn(passes=2)
+    assert [len(part) for part in passes] == [2, 3, 2, 3]  # a last batch of one joins the one before
+    for half in (passes[:2], passes[2:]):
+        assert sorted(i for part in half for i in part) == positions.tolist()
+    assert drawn(steps=3) == passes[:3]
+    assert drawn(steps=0) == []
+    whole = [part.tolist() for part in proxy_batches(4, np.random.default_rng(0), 9)]
+    assert sorted(i for part in whole for i in part) == [0, 1, 2, 3]
+    with pytest.raises(DataError, match="no public images"):
+        next(proxy_batches(0, np.random.default_rng(0), 2))
 
 
 def test_steps_cross_epochs_and_balanced_draws_evenly(tmp_path: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from toy_proxies import toy_proxies
 
 from polyclinic.data.dataset import SiteData
 from polyclinic.data.manifest import Case
@@ -52,8 +57,25 @@ EVERYTHING = 1000
 SMALL_BATCH = {"per-fedavg": 3}
 """Methods that cannot take all images of a site at once."""
 
-NETWORKS = {"fedper": "toys:two_layers", "fedrep": "toys:two_layers", "fediic": "toys:two_layers"}
+NETWORKS = dict.fromkeys(("fedper", "fedrep", "fediic", "fedproto", "fedtgp", "fedgh", "lg-fedavg"), "toys:two_layers")
+NETWORKS["natimg-fl"] = "toy_proxies:narrow"
 """Methods that leave nothing to share, or to contrast, of a network with one layer."""
+
+
+PUBLIC = {"fedmd", "feddf", "ds-fl", "fccl", "kt-pfl", "natimg-fl"}
+"""Methods that need public images."""
+
+
+QUICK: dict[str, dict[str, Any]] = {"feddf": {"steps": 10, "every": 5}, "natimg-fl": {"server_steps": 4}}
+"""Fewer steps at the server than by default."""
+
+
+@cache
+def public_images() -> dict[str, Any]:
+    """The study's ``proxies`` of such methods, one set for all tests of a process."""
+    folder = Path(tempfile.mkdtemp(prefix="toy-proxies-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return toy_proxies(folder)
 
 
 def toy_study(method: str | dict[str, Any], **sections: Any) -> Study:
@@ -67,11 +89,13 @@ def toy_study(method: str | dict[str, Any], **sections: Any) -> Study:
         "training": {"lr": 0.1, "batch_size": EVERYTHING},
         "evaluation": {"every": 0, "bootstrap": 20, "select": "last"},
     }
+    if given["name"] in PUBLIC:
+        raw["proxies"] = public_images()
     for name, section in sections.items():
         raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
     if raw["training"]["batch_size"] == EVERYTHING and given["name"] in SMALL_BATCH and given.get("alpha") != 0:
         raw["training"] = {**raw["training"], "batch_size": SMALL_BATCH[given["name"]]}
-    return validate_study({**raw, "method": {"rounds": 3, **given}})
+    return validate_study({**raw, "method": {"rounds": 3, **QUICK.get(given["name"], {}), **given}})
 
 
 def trained(study: Study, data: dict[str, SiteData], folder: Path) -> Run:

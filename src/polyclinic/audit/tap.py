@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from polyclinic.errors import StudyError
 from polyclinic.federation.local import LocalChannel
-from polyclinic.federation.site import Site, Workbench
+from polyclinic.federation.networks import SITE
+from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
 from polyclinic.methods import make_method
-from polyclinic.models.registry import start_model
 from polyclinic.models.weights import shared_tensors, snapshot
 from polyclinic.secure.backends import Aggregation
 from polyclinic.secure.fixed_point import WEIGHT_STEPS
@@ -120,7 +120,7 @@ def record(study: Study, data: Mapping[str, SiteData], folder: Path) -> Recordin
         method.check_data(own)
     aggregation = Aggregation(study, method, sorted(data))
     server_keys = _kept_keys(aggregation)
-    bench = Workbench(lambda: start_model(study), study.device)
+    bench = method.networks.of(study.model, SITE)
     task = make_task(study.task, study.training)
     sites = {
         name: Site(
@@ -128,7 +128,8 @@ def record(study: Study, data: Mapping[str, SiteData], folder: Path) -> Recordin
             study,
             own,
             task,
-            workbench=bench,
+            workbench=method.networks.of_site(name),
+            networks=method.networks,
             ops=aggregation.ops,
             folder=folder,
             credentials=aggregation.credentials.get(name),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -118,6 +119,12 @@ class SiteData:
             std=parts[0].std,
             spacings=[spacing for part in parts for spacing in part.spacings],
         )
+
+    def training_on(self, positions: Tensor) -> SiteData:
+        """The same images with another training split, int64 positions; nothing is copied."""
+        changed = copy.copy(self)
+        changed.splits = {**self.splits, "train": positions}
+        return changed
 
     def __len__(self) -> int:
         return len(self.cases)

@@ -6,16 +6,15 @@ best so far, and ``test`` reports on the test images, once, at the end.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import nn
 
 from polyclinic.errors import SiteError
+from polyclinic.evaluation.central import central_ops
 from polyclinic.evaluation.classification import classification_metrics
 from polyclinic.evaluation.inference import (
     chosen_threshold,
@@ -27,6 +26,7 @@ from polyclinic.evaluation.inference import (
 from polyclinic.evaluation.names import AUTO_METRIC, lower_is_better
 from polyclinic.evaluation.notes import NO_FOREGROUND
 from polyclinic.evaluation.predictions import Predictions, write_predictions
+from polyclinic.evaluation.replies import REPORT, packed, unpacked
 from polyclinic.evaluation.summary import SiteResult, site_result
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Leaf, Op, Site
@@ -76,15 +76,9 @@ def evaluation_ops(method: Method) -> dict[str, Op]:
 
     masks = (Leaf("threshold", "scalar", "images"), Leaf("distance_unit", "scalar", "nothing"))
     metrics = (Leaf("val/*", "scalar", "images"),)
-    report = (
-        Leaf("test/*", "scalar", "images"),
-        Leaf("notes", "scalar", "labels"),
-        Leaf("images", "scalar", "counts"),
-        Leaf("patients", "scalar", "counts"),
-        Leaf("replicates", "array", "images"),
-        *(masks if method.study.task.kind == "segmentation" else ()),
-    )
-    return {"evaluate": Op(evaluate, metrics), "keep": Op(keep, ()), "test": Op(test, report)}
+    report = (*REPORT, *(masks if method.study.task.kind == "segmentation" else ()))
+    judging = {"evaluate": Op(evaluate, metrics), "keep": Op(keep, ()), "test": Op(test, report)}
+    return {**judging, **central_ops(method)}
 
 
 def validate(method: Method, channel: Channel, state: ServerState) -> dict[str, dict[str, float]]:
@@ -144,16 +138,7 @@ def report_test(method: Method, channel: Channel, state: ServerState) -> dict[st
     message = Message.pack({} if method.personal else {"model": state.groups["chosen"]})
     results = {}
     for site, reply in channel.stream("test", dict.fromkeys(channel.sites, message)):
-        metrics = {k.removeprefix("test/"): float(v) for k, v in reply.scalars.items() if k.startswith("test/")}
-        results[site] = SiteResult(
-            metrics=metrics,
-            notes=json.loads(str(reply.scalars["notes"])),
-            replicates={name: array.numpy() for name, array in reply.group("replicates").items()},
-            images=int(reply.scalars["images"]),
-            patients=int(reply.scalars["patients"]),
-            threshold=float(reply.scalars["threshold"]) if "threshold" in reply.scalars else None,
-            distance_unit=str(reply.scalars.get("distance_unit", "")),
-        )
+        results[site] = unpacked(reply)
     if not results:
         raise SiteError(f"no site could test the model: {dict(channel.absent)}.")
     return results
@@ -191,15 +176,7 @@ def _test(site: Site) -> Message:
     if isinstance(site.task, Segmentation):
         decided = {"threshold": threshold, "distance_unit": distance_unit(site.data)}
         notes += _mask_notes(site.data)
-    replicates = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in result.replicates.items()}
-    return Message.pack(
-        {"replicates": replicates},
-        notes=json.dumps([*notes, *result.notes]),
-        images=result.images,
-        patients=result.patients,
-        **decided,
-        **{f"test/{name}": value for name, value in result.metrics.items()},
-    )
+    return packed(result, notes, **decided)
 
 
 def _mask_notes(data: SiteData) -> list[str]:

@@ -22,6 +22,8 @@ from polyclinic.training import AdjustGradients, StepRule, TrainingResult, learn
 
 if TYPE_CHECKING:
     from polyclinic.data.dataset import SiteData
+    from polyclinic.data.proxies import Proxies
+    from polyclinic.federation.networks import Networks
     from polyclinic.secure.identity import Credentials
     from polyclinic.secure.session import Party
     from polyclinic.synthesis.shelf import Shelf
@@ -54,7 +56,7 @@ class Op:
 
 
 class Workbench:
-    """The one network of a process, which sites load their weights into in turn.
+    """A network of this process, which sites load their weights into in turn.
 
     Args:
         build: Makes the network with its start weights; the same each time.
@@ -104,6 +106,7 @@ class Site:
         folder: Path,
         credentials: Credentials | None = None,
         exchanged: Path | None = None,
+        networks: Networks | None = None,
     ) -> None:
         self.name, self.study, self.data, self.task = name, study, data, task
         self.state = SiteState(folder / "state" / name, workbench.device)
@@ -112,6 +115,7 @@ class Site:
         self._bench = workbench
         self._ops = ops
         self._credentials = credentials
+        self._networks = networks
         self._exchanged = None if exchanged is None else SiteState(exchanged / "state" / name, workbench.device)
 
     @cached_property
@@ -127,6 +131,26 @@ class Site:
             raise SiteError(f"site {self.name!r} has no key for secure sums.")
         least = least_sites(self.study, len(self._credentials.roster.keys))
         return Party(self.study.digest, self._credentials, self.state.folder / "sums.json", least)
+
+    @cached_property
+    def networks(self) -> Networks:
+        """The networks of this process, for methods that use others beside the site's own."""
+        from polyclinic.federation.networks import Networks
+
+        return Networks(self.study) if self._networks is None else self._networks
+
+    @cached_property
+    def proxies(self) -> Proxies:
+        """The public images of the study, as they lie at this site, each one compared with the manifest.
+
+        Raises:
+            SiteError: The study names none. DataError: An image is missing or is another than the manifest's.
+        """
+        from polyclinic.data.proxies import load_proxies
+
+        if self.study.proxies is None:
+            raise SiteError(f"site {self.name!r}: the study names no public images. Give proxies in the study file.")
+        return load_proxies(self.study)
 
     def handle(self, op: str, number: int, message: Message) -> Message:
         """Answer one call; nothing leaves that the op did not declare.
@@ -145,7 +169,7 @@ class Site:
 
     @property
     def model(self) -> nn.Module:
-        """The workbench network; what it holds is undefined at the start of an op."""
+        """The workbench of the site's network; what it holds is undefined at the start of an op."""
         return self._bench.model
 
     @property
@@ -201,6 +225,7 @@ class Site:
         rule: StepRule = plain_step,
         adjust: AdjustGradients | None = None,
         samples: bool = True,
+        among: Tensor | None = None,
     ) -> TrainingResult:
         """Train the workbench network on this site's training images, by default as the study says.
 
@@ -214,6 +239,7 @@ class Site:
             rule: How the gradients of a step come about.
             adjust: Changes the gradients before each step.
             samples: Use what the site took from the exchange of samples, if anything; else its own images alone.
+            among: Positions of the images to train on; None: the training split.
         """
         settings = self.study.training
         if epochs is not None or steps is not None:
@@ -225,7 +251,7 @@ class Site:
         extra = self.shelf.supplement(self.study, self.round) if samples and self.shelf else None
         return train(
             self.model,
-            self.data,
+            self.data if among is None else self.data.training_on(among),
             self.task,
             settings,
             lr=rate,

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from polyclinic.errors import nearest
+from polyclinic.errors import StudyError, nearest
 
 if TYPE_CHECKING:
     from polyclinic.methods.base import Method, MethodParams
@@ -29,6 +29,19 @@ METHODS: dict[str, str] = {
     "fedssg": "polyclinic.methods.fedssg:FedSSG",
     "fediic": "polyclinic.methods.fediic:FedIIC",
     "creff": "polyclinic.methods.creff:CReFF",
+    "fedmd": "polyclinic.methods.fedmd:FedMD",
+    "feddf": "polyclinic.methods.feddf:FedDF",
+    "ds-fl": "polyclinic.methods.ds_fl:DSFL",
+    "fccl": "polyclinic.methods.fccl:FCCL",
+    "kt-pfl": "polyclinic.methods.kt_pfl:KTpFL",
+    "fedproto": "polyclinic.methods.fedproto:FedProto",
+    "fedtgp": "polyclinic.methods.fedtgp:FedTGP",
+    "fedgh": "polyclinic.methods.fedgh:FedGH",
+    "lg-fedavg": "polyclinic.methods.lg_fedavg:LGFedAvg",
+    "fml": "polyclinic.methods.fml:FML",
+    "fedkd": "polyclinic.methods.fedkd:FedKD",
+    "heterofl": "polyclinic.methods.heterofl:HeteroFL",
+    "natimg-fl": "polyclinic.methods.natimg_fl:NatIMGFL",
     "data-vectors": "polyclinic.methods.data_vectors:DataVectors",
 }
 
@@ -89,8 +102,20 @@ def check_combination(study: Study) -> None:
     from polyclinic.tasks import check_task
 
     found = method_class(study.method.name)
+    _check_mixed(study, found)
     found.check(study)
     adapted = found.adapted(study)
     check_task(adapted.task, adapted.training)
     seen_size(adapted.data.image, adapted.training.patch)
     check_synthesis(adapted, found)
+
+
+def _check_mixed(study: Study, found: type[Method]) -> None:
+    if not study.mixed or found.mixed_networks:
+        return
+    others = ", ".join(name for name in METHODS if method_class(name).mixed_networks)
+    unlike = ", ".join(name for name, own in study.models.items() if own != study.model)
+    raise StudyError(
+        f"method {study.method.name} needs the same network at every site, but models gives another to {unlike}. "
+        f"Leave models out (in a comparison: set: {{models: {{}}}}), or use a method for different networks: {others}."
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
+from polyclinic.federation.networks import Networks
 from polyclinic.federation.site import Leaf, Op, Site
 from polyclinic.federation.state import ServerState
 from polyclinic.models.normalisation import shared_names
 from polyclinic.secure.sum import SecureSum
 from polyclinic.seeds import generator
 from polyclinic.settings import Settings
-from polyclinic.study import Study
+from polyclinic.study import ModelSettings, Study
 
 if TYPE_CHECKING:
     from polyclinic.data.dataset import SiteData
@@ -60,6 +62,8 @@ class Method(ABC):
     """Whether sites can exchange samples before the first round (``synthesis``)."""
     starts_global: ClassVar[bool] = True
     """Whether what a site deploys starts from the server's model, its last layer included."""
+    mixed_networks: ClassVar[bool] = False
+    """Whether sites may have different networks (``models`` of the study)."""
     personal: bool = False
     """True where sites deploy models of their own, which they then keep themselves."""
 
@@ -80,6 +84,32 @@ class Method(ABC):
     def controls(cls, params: MethodParams) -> list[dict[str, Any]]:
         """Methods that a comparison with this one must have beside it, as ``compare.methods`` has them."""
         return []
+
+    @cached_property
+    def networks(self) -> Networks:
+        """The networks of this process: those of sites, and others that the method asks for by their role."""
+        return Networks(self.study)
+
+    def check_networks(self, networks: Mapping[str, nn.Module]) -> None:  # noqa: B027 - most methods take every network
+        """Raise StudyError for networks that this method cannot bring together.
+
+        Called by ``polyclinic check`` and before training.
+
+        Args:
+            networks: Every site's own, with some start weights; sites with equal settings share one. Read only.
+        """
+
+    def central(self, state: ServerState) -> tuple[ModelSettings, dict[str, Tensor]] | None:
+        """The server's own model, where there is one beside those of the sites that classifies: settings and tensors.
+
+        After the last round it is saved and tested at every site. Its settings must be in the study: ``model``, one
+        of ``models``, or among those of the method.
+        """
+        return None
+
+    def records(self, state: ServerState) -> dict[str, Any]:
+        """What the results folder keeps of how sites learnt from each other (``transfer.json``); empty: nothing."""
+        return {}
 
     def check_data(self, data: SiteData) -> None:  # noqa: B027 - most methods take every site
         """Raise DataError for a site's images that this method cannot train on."""

@@ -26,6 +26,7 @@ class Local(Method):
     title = "each site alone"
     reference = "baseline"
     exchanges = False
+    mixed_networks = True
     personal = True
     starts_global = False
 

@@ -28,9 +28,15 @@ class Network:
     """Kinds of task it can do."""
     tap: str = ""
     """Module whose output map, averaged over space, is the penultimate feature; empty: none."""
+    taps: tuple[str, ...] = ()
+    """Modules whose output maps are features of rising depth, shallow to deep; empty: none. A builder whose networks
+    differ in depth sets them itself, in the network's attribute ``taps``."""
     width: bool = False
     """Takes ``model.width``."""
 
+
+_RESNET_TAPS = ("layer1", "layer2", "layer3", "layer4")
+_DENSENET_TAPS = ("features.denseblock1", "features.denseblock2", "features.denseblock3", "features.denseblock4")
 
 NETWORKS: dict[str, Network] = {
     network.name: network
@@ -42,6 +48,7 @@ NETWORKS: dict[str, Network] = {
             (2, 3),
             CLASSIFICATION,
             tap="blocks",
+            taps=("blocks.2", "blocks.5", "blocks.8", "blocks.11"),
             width=True,
         ),
         Network(
@@ -51,6 +58,7 @@ NETWORKS: dict[str, Network] = {
             (2,),
             CLASSIFICATION,
             tap="features",
+            taps=("features.3", "features.6", "features.13", "features.17"),
         ),
         Network(
             "resnet18",
@@ -59,6 +67,53 @@ NETWORKS: dict[str, Network] = {
             (2, 3),
             CLASSIFICATION,
             tap="layer4",
+            taps=_RESNET_TAPS,
+        ),
+        Network(
+            "resnet34",
+            "ResNet-34 (MONAI); options as resnet18",
+            "polyclinic.models.monai_networks:resnet34",
+            (2,),
+            CLASSIFICATION,
+            tap="layer4",
+            taps=_RESNET_TAPS,
+        ),
+        Network(
+            "resnet50",
+            "ResNet-50 (MONAI); options as resnet18",
+            "polyclinic.models.monai_networks:resnet50",
+            (2,),
+            CLASSIFICATION,
+            tap="layer4",
+            taps=_RESNET_TAPS,
+        ),
+        Network(
+            "small-resnet",
+            "three stages of residual blocks, made for a CPU (options: blocks, stem_stride)",
+            "polyclinic.models.small_resnet:small_resnet",
+            (2, 3),
+            CLASSIFICATION,
+            tap="layer3",
+            taps=_RESNET_TAPS[:3],
+            width=True,
+        ),
+        Network(
+            "shufflenet",
+            "ShuffleNetV2 at half width (options: width: 0.5 or 1.0, stem_stride)",
+            "polyclinic.models.shufflenet:shufflenet",
+            (2,),
+            CLASSIFICATION,
+            tap="conv5",
+            taps=("maxpool", "stage2", "stage3", "stage4"),
+        ),
+        Network(
+            "efficientnet-b0",
+            "EfficientNet-B0 (MONAI)",
+            "polyclinic.models.monai_networks:efficientnet",
+            (2,),
+            CLASSIFICATION,
+            tap="_avg_pooling",
+            taps=("_blocks.1", "_blocks.2", "_blocks.4", "_blocks.6"),
         ),
         Network(
             "densenet121",
@@ -67,6 +122,7 @@ NETWORKS: dict[str, Network] = {
             (2, 3),
             CLASSIFICATION,
             tap="class_layers.relu",
+            taps=_DENSENET_TAPS,
         ),
         Network(
             "densenet3d",
@@ -75,6 +131,7 @@ NETWORKS: dict[str, Network] = {
             (3,),
             CLASSIFICATION,
             tap="class_layers.relu",
+            taps=_DENSENET_TAPS,
         ),
         Network(
             "unet",

@@ -21,6 +21,22 @@ def resnet18(*, in_channels: int, out_channels: int, spatial_dims: int, norm: st
         options: Of MONAI's ``ResNet``, for instance ``conv1_t_size``, ``conv1_t_stride``, ``no_max_pool``,
             ``widen_factor``. Images of 28 px want 3, 1 and true: with the defaults only one pixel reaches the end.
     """
+    return _resnet({"block": "basic", "layers": [2, 2, 2, 2]} | options, in_channels, out_channels, spatial_dims, norm)
+
+
+def resnet34(*, in_channels: int, out_channels: int, spatial_dims: int, norm: str, **options: Any) -> nn.Module:
+    """Build ResNet-34; arguments as for ``resnet18``."""
+    return _resnet({"block": "basic", "layers": [3, 4, 6, 3]} | options, in_channels, out_channels, spatial_dims, norm)
+
+
+def resnet50(*, in_channels: int, out_channels: int, spatial_dims: int, norm: str, **options: Any) -> nn.Module:
+    """Build ResNet-50, whose blocks narrow and widen again; arguments as for ``resnet18``."""
+    return _resnet(
+        {"block": "bottleneck", "layers": [3, 4, 6, 3]} | options, in_channels, out_channels, spatial_dims, norm
+    )
+
+
+def _resnet(shape: dict[str, Any], in_channels: int, out_channels: int, spatial_dims: int, norm: str) -> nn.Module:
     from monai.networks.nets import ResNet
 
     fixed = {
@@ -29,16 +45,53 @@ def resnet18(*, in_channels: int, out_channels: int, spatial_dims: int, norm: st
         "spatial_dims": spatial_dims,
         "norm": "batch",
     }
-    shape = {
-        "block": "basic",
-        "layers": [2, 2, 2, 2],
-        "block_inplanes": [64, 128, 256, 512],
-        "conv1_t_stride": 2,
-        "bias_downsample": False,
-    }
-    model = construct(ResNet, fixed, shape | options)
+    usual = {"block_inplanes": [64, 128, 256, 512], "conv1_t_stride": 2, "bias_downsample": False}
+    model = construct(ResNet, fixed, usual | shape)
     apply_policy(model, norm, spatial_dims)
     return model
+
+
+def efficientnet(*, in_channels: int, out_channels: int, spatial_dims: int, norm: str) -> nn.Module:
+    """Build EfficientNet-B0 (Tan and Le, arXiv 1905.11946).
+
+    Batch normalisation has the momentum and ε of the other networks (0.1 and 1e-5; MONAI: 0.01 and 1e-3), since
+    running statistics that need hundreds of steps would never fit a small site. Convolutions pad on both sides alike
+    (MONAI: as TensorFlow does for 224 px, which fits no other size). The swish is the plain one: the other saves
+    memory, but has no forward-mode derivative.
+
+    Args:
+        in_channels: Channels of the images.
+        out_channels: Number of classes.
+        spatial_dims: 2.
+        norm: As ``model.norm``.
+    """
+    from monai.networks.nets import EfficientNetBN
+
+    if spatial_dims != 2:
+        raise ValueError(f"efficientnet-b0 is offered as a 2D network, got spatial_dims={spatial_dims}")
+    made = EfficientNetBN(
+        "efficientnet-b0",
+        pretrained=False,
+        spatial_dims=2,
+        in_channels=in_channels,
+        num_classes=out_channels,
+        norm=("batch", {"eps": 1e-5, "momentum": 0.1}),
+    )
+    made.set_swish(memory_efficient=False)
+    model: nn.Module = made
+    _pad_evenly(model)
+    apply_policy(model, norm, spatial_dims)
+    return model
+
+
+def _pad_evenly(model: nn.Module) -> None:
+    """Let each convolution pad by itself instead of the layer ``<name>_padding`` before it."""
+    for module in model.modules():
+        for name in [name for name, _ in module.named_children() if name.endswith("_padding")]:
+            conv = module.get_submodule(name.removesuffix("_padding"))
+            if isinstance(conv, nn.Conv2d):  # a block that does not widen has an identity there
+                conv.padding = tuple(size // 2 for size in conv.kernel_size)
+            setattr(module, name, nn.Identity())
 
 
 def densenet121(*, in_channels: int, out_channels: int, spatial_dims: int, norm: str, **options: Any) -> nn.Module:

@@ -20,7 +20,7 @@ from polyclinic.models.weights import load_tensors, read_tensors
 from polyclinic.seeds import derive_seed
 from polyclinic.study import ImageSettings, ModelSettings, Study, TaskSettings
 
-__all__ = ["NETWORKS", "Network", "build_model", "describe", "head_name", "start_model"]
+__all__ = ["NETWORKS", "Network", "build_model", "describe", "head_name", "start_model", "untrained_model"]
 
 _DEFAULT_WIDTH: int = ModelSettings.model_fields["width"].default
 _LARGE = 2**17  # values; importing what device meta needs costs a second
@@ -38,7 +38,8 @@ def build_model(
     """Build the study's network on the CPU, in training mode.
 
     The same seed gives the same values, and torch's global random state is left as it was. The network's penultimate
-    feature, where it has one, is named in its attribute ``feature_tap`` (see ``models.taps``).
+    feature, where it has one, is named in its attribute ``feature_tap``, its maps of rising depth in ``taps`` (see
+    ``models.taps``). ``settings.embedding`` changes the last layer F -> C to F -> embedding, ReLU, embedding -> C.
 
     A network for segmentation may return a leading axis of views in training mode, ``[V, B, K, *spatial]``: the loss
     is then the mean over views. In evaluation mode it returns ``[B, K, *spatial]``.
@@ -59,24 +60,44 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = _construct(settings, task, image)
+        if settings.embedding is not None:
+            _embed(model, settings.embedding, task)
         check_policy(model, settings.norm)
         if settings.harmonise:
             norm = AmplitudeNorm(settings.harmonise, settings.harmonise_window, mean=image.mean, std=image.std)
             harmonise(model, norm, [image.channels, *seen])
         _check_output(model, settings.name, task, [image.channels, *seen])
     if weights_path is not None:
-        _load_weights(model, weights_path, settings.norm)
+        _load_weights(model, weights_path, settings)
     return model.train()
 
 
-def start_model(study: Study) -> nn.Module:
-    """The study's network with its start weights, the same at server and sites."""
+def start_model(study: Study, settings: ModelSettings | None = None) -> nn.Module:
+    """A network of the study with its start weights, the same at server and sites.
+
+    Where ``proxies.pretrain`` says so it has been trained on the public images, all but its last layer.
+
+    Args:
+        study: Gives task, images, seed and the public images.
+        settings: Of the network; None: ``study.model``.
+    """
+    model = untrained_model(study, settings)
+    if study.proxies is not None and study.proxies.pretrain:
+        from polyclinic.models.pretraining import pretrain
+
+        pretrain(model, study, settings or study.model)
+    return model
+
+
+def untrained_model(study: Study, settings: ModelSettings | None = None) -> nn.Module:
+    """As ``start_model``, before any pre-training: for whoever looks at the network or loads other weights into it."""
+    settings = settings or study.model
     return build_model(
-        study.model,
+        settings,
         study.task,
         study.data.image,
         derive_seed(study.seed, "start weights"),
-        weights_path=study.weights_path,
+        weights_path=study.weights_of(settings),
         patch=study.training.patch,
     )
 
@@ -135,7 +156,24 @@ def _construct(settings: ModelSettings, task: TaskSettings, image: ImageSettings
     model = construct(builder, fixed, settings.options)
     if network is not None and network.tap:
         model.feature_tap = network.tap  # type: ignore[assignment]
+    if network is not None and network.taps and not hasattr(model, "taps"):
+        model.taps = network.taps  # type: ignore[assignment]
     return model
+
+
+def _embed(model: nn.Module, width: int, task: TaskSettings) -> None:
+    """Put ``width`` features between what entered the last layer and a new last layer."""
+    name = head_name(model)
+    head = model.get_submodule(name) if name else None
+    if not isinstance(head, nn.Linear) or task.kind == "segmentation":
+        raise StudyError(
+            f"model.embedding needs a network for classification whose last layer is linear; that of "
+            f"{type(model).__name__}, {name!r}, is {type(head).__name__}. Leave it out."
+        )
+    last = nn.Linear(width, head.out_features, bias=head.bias is not None)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Sequential(nn.Linear(head.in_features, width), nn.ReLU(), last))
+    model.feature_tap = f"{name}.1"  # type: ignore[assignment]
 
 
 def _check_output(model: nn.Module, name: str, task: TaskSettings, image_shape: list[int]) -> None:
@@ -173,13 +211,14 @@ def _forward_zeros(model: nn.Module, shape: list[int]) -> Any:
     return model(torch.zeros(shape))
 
 
-def _load_weights(model: nn.Module, path: Path, policy: str) -> None:
+def _load_weights(model: nn.Module, path: Path, settings: ModelSettings) -> None:
     try:
         tensors, _ = read_tensors(path)
     except RunError as error:
         raise StudyError(f"model.weights: {error}") from error
     wanted = model.state_dict()
-    head = tuple(f"{head_name(model)}.{leaf}" for leaf in ("weight", "bias"))
+    last = head_name(model)
+    head = tuple(f"{last}.{leaf}" for leaf in ("weight", "bias"))
     wrong = [n for n, t in wanted.items() if n in tensors and tensors[n].shape != t.shape]
     if wrong and all(name in head for name in wrong):
         raise StudyError(
@@ -196,7 +235,10 @@ def _load_weights(model: nn.Module, path: Path, policy: str) -> None:
     optional = {n for n in wanted if n.endswith("num_batches_tracked")}
     if not any(name in tensors for name in head):
         optional.update(head)
-    if policy == "batch-local":
+        if settings.embedding is not None:
+            before = f"{last.rpartition('.')[0]}.0"
+            optional.update({f"{before}.weight", f"{before}.bias"} if f"{before}.weight" not in tensors else ())
+    if settings.norm == "batch-local":
         optional.update(running_statistics(model))
     if amplitude_norms(model):
         optional.add(BUFFER)

@@ -20,6 +20,7 @@ class SmallCNN(nn.Module):
         super().__init__()
         self.blocks = blocks
         self.head = nn.Linear(features, out_channels)
+        self.taps = tuple(f"blocks.{i}" for i, layer in enumerate(blocks) if isinstance(layer, nn.ReLU))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[B, out_channels]``."""

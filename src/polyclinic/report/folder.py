@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Run:
     """What an exchange of synthetic samples did; empty where there was none."""
     samples: dict[str, np.ndarray]
     """Some of the released samples; empty as ``examples``."""
+    transfer: Json = field(default_factory=dict)
+    """What sites and a central model learnt from each other: ``central``, and ``sites`` by name; else empty."""
 
     @classmethod
     def read(cls, folder: Path, details: bool = True) -> Run:
@@ -65,6 +67,7 @@ class Run:
             examples=examples,
             synthesis=read_json(synthesis) if synthesis.is_file() else {},
             samples=_read_arrays(samples) if details and samples.is_file() else {},
+            transfer=_read_transfer(folder),
         )
 
     @property
@@ -107,6 +110,14 @@ class Comparison:
             metrics=metrics,
             runs=runs,
         )
+
+
+def _read_transfer(folder: Path) -> Json:
+    central = folder / "transfer.json"
+    if not central.is_file():
+        return {}
+    sites = {path.stem: read_json(path) for path in sorted((folder / "transfer").glob("*.json"))}
+    return {"central": read_json(central), "sites": sites}
 
 
 def read_json(path: Path) -> Json:

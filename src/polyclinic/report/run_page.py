@@ -12,6 +12,7 @@ from polyclinic.report.folder import Json, Run
 from polyclinic.report.gallery import example_id
 from polyclinic.report.pictures import example_cards
 from polyclinic.report.synthesis_chapter import synthesis_chapter
+from polyclinic.report.transfer_chapter import transfer_chapter
 
 
 def run_context(run: Run) -> dict[str, Any]:
@@ -26,7 +27,8 @@ def run_context(run: Run) -> dict[str, Any]:
         "metrics": metrics,
         "environment": run.environment,
         "privacy": run.privacy,
-        "facts": {"Method": method} | facts(run.study) | {"Seed": str(metrics["seed"])},
+        "facts": {"Method": method} | facts(run.study) | public_images(metrics) | {"Seed": str(metrics["seed"])},
+        "central": central_rows(metrics),
         "headline": HEADLINE[kind],
         "rows": headline_rows(metrics, classes),
         "label_rows": label_rows(metrics),
@@ -34,6 +36,7 @@ def run_context(run: Run) -> dict[str, Any]:
         "op_keys": Key.of([row["op"] for row in traffic_table(run) if row["rounds"]]),
         "examples": examples,
         "synthesis": synthesis_chapter(run, examples),
+        "transfer": transfer_chapter(run),
         "traffic": traffic_panels(run),
         "traffic_rows": traffic_table(run),
         "effort_rows": site_effort(run),
@@ -63,10 +66,37 @@ def facts(study: Json) -> dict[str, str]:
     return {
         "Task": _task(task),
         "Images": f"{source}; {' × '.join(map(str, data['image']['size']))} pixels",
-        "Network": f"{model['name']}, {model['norm']} normalisation",
+        "Network": _networks(model, study.get("models") or {}),
         "Local training": f"{training['optimizer']}, learning rate {training['lr']:g}, batches of "
         f"{training['batch_size']}, {length} per round",
     }
+
+
+def _networks(model: Json, models: Json) -> str:
+    """The study's network; with networks of their own at some sites these first, by site."""
+    usual = f"{model['name']}, {model['norm']} normalisation"
+    own = [f"{site}: {one['name']}, {one['norm']} normalisation" for site, one in models.items() if one != model]
+    return "; ".join([*own, f"otherwise {usual}"]) if own else usual
+
+
+def public_images(metrics: Json) -> dict[str, str]:
+    """The public images that sites and server shared, in a line; empty where there were none."""
+    found = metrics.get("proxies")
+    if not found:
+        return {}
+    passes = f"; {found['pretrain']} passes over them before round 1" if found["pretrain"] else ""
+    text = f"{found['name']}, {found['images']} of {len(found['classes'])} classes, SHA-256 {found['sha256'][:12]}…"
+    return {"Public images": f"{text}{passes}"}
+
+
+def central_rows(metrics: Json) -> list[Json]:
+    """One row per metric of the server's own model: cells of the mean and each site; none where there is no such
+    model."""
+    central = metrics.get("central") or {}
+    return [
+        {"metric": name, "mean": cell, "sites": [entry[name] for entry in central.values()]}
+        for name, cell in (metrics.get("central_mean") or {}).items()
+    ]
 
 
 def _task(task: Json) -> str:

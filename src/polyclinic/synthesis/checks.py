@@ -38,6 +38,11 @@ def check_synthesis(study: Study, method: type[Method]) -> None:
         )
     if study.aggregation.backend == "ring-as-published":
         _check_published_ring(settings)
+    if settings.of_kind("features") is not None and study.mixed:
+        raise StudyError(
+            "synthesis.generator features describes the features of one network, but models gives sites different "
+            "ones. Leave models out, or use generator vae or amplitude."
+        )
     if settings.of_kind("features") is not None and not method.starts_global:
         raise StudyError(
             f"synthesis.generator features re-calibrates the last layer of the global model, but sites of method "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 from torch import nn
 
 from polyclinic.data.dataset import SiteData
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
+from polyclinic.federation.networks import Networks
 from polyclinic.federation.site import Op, Site
 from polyclinic.federation.state import ServerState
 from polyclinic.methods.base import Method
@@ -33,6 +35,11 @@ class WithFeatureGaussians(Method):
         assert synthesis is not None
         self.gaussians = FeatureGaussians(self.study, synthesis.of_kind("features"))
 
+    @cached_property
+    def networks(self) -> Networks:
+        """Those of the method."""
+        return self.inner.networks
+
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
         """The method's rounds; ``state.groups["calibrated"]`` is the newest last layer."""
         network = start_model(self.study)
@@ -50,6 +57,10 @@ class WithFeatureGaussians(Method):
     def ready(self, number: int) -> bool:
         """After a re-calibration."""
         return self.inner.ready(number) and self.gaussians.due(number)
+
+    def check_networks(self, networks: Mapping[str, nn.Module]) -> None:
+        """As the method."""
+        self.inner.check_networks(networks)
 
     def check_data(self, data: SiteData) -> None:
         """As the method."""

@@ -75,7 +75,8 @@ class BaseSpec(Settings):
 
     @field_serializer("model")
     def _dump_model(self, model: ModelSettings) -> dict[str, Any]:
-        return model.model_dump(mode="json", exclude={"weights"})
+        # Bases from before there were embeddings keep their digest.
+        return model.model_dump(mode="json", exclude={"weights", *(["embedding"] if model.embedding is None else [])})
 
     @field_validator("tensors")
     @classmethod
