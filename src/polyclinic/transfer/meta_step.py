@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from polyclinic.transfer.kept import Kept
 from polyclinic.transfer.pupil import Pupil, chance
 
 _NETWORK = "network."
+T = TypeVar("T")
 
 
 class MetaStep:
@@ -59,20 +61,10 @@ class MetaStep:
         parameters = self._parameters(set(sources))
         phi = [p for name in sources for p in pupil.matching[name].meta_parameters]
         slope = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
-
-        def drawn(run: Callable[[], Tensor]) -> Tensor:
-            with chance(seed, pupil.device):
-                return run()
-
-        def errors(theta: Parameters) -> list[Tensor]:
-            with chance(seed, pupil.device):
-                found: list[Tensor] = functional_call(pupil, theta, (images, sources)).errors
-            return found
-
         problem = Problem(
-            objective=lambda theta: drawn(lambda: objective(theta)),
-            task=lambda theta: drawn(lambda: task(theta)),
-            errors=errors,
+            objective=self._drawn(objective, seed),
+            task=self._drawn(task, seed),
+            errors=self._drawn(lambda theta: functional_call(pupil, theta, (images, sources)).errors, seed),
             # With attention there is no φ, so the target's own maps are never asked for.
             products=lambda: [pupil.matching[name].products(source, []) for name, source in sources.items()],
             shares=[shares[name] for name in sources],
@@ -88,6 +80,15 @@ class MetaStep:
             parameter.grad = gradient
         self.kept.step()
         self.done[how] += 1
+
+    def _drawn(self, run: Callable[[Parameters], T], seed: int) -> Callable[[Parameters], T]:
+        """The same, with dropout from a stream that starts anew at each call."""
+
+        def drawn(theta: Parameters) -> T:
+            with chance(seed, self.pupil.device):
+                return run(theta)
+
+        return drawn
 
     def _parameters(self, teachers: set[str]) -> Parameters:
         """θ: network and head; the exact scheme moves the regressors of these teachers too."""

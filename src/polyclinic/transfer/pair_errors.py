@@ -146,34 +146,42 @@ def _directly(target: Tensor, weight: Tensor, bias: Tensor, products: Tensor, wa
 
 
 def _by_moments(target: Tensor, weight: Tensor, bias: Tensor, products: Tensor, wanted: Goal) -> tuple[Tensor, ...]:
-    """By sums over channels first: of p W'W (``inner``), p W'b (``shift``) and p W's (``pulled``)."""
+    """By sums over channels first: of p W'W (``inner``) and p W'b (``shift``), and p W's for each part."""
     flat, pixels, batch = target.flatten(2), wanted.pixels, len(target)
-    mean = flat.mean(2)
-    moments = flat @ flat.transpose(1, 2) / pixels
+    mean, moments = flat.mean(2), flat @ flat.transpose(1, 2) / pixels
     scaled = products[:, :, None] * weight
     inner, shift = weight.T @ scaled, (products * bias) @ weight
-    pulled, crossed = torch.zeros_like(flat), []
+    slope, crossed = inner @ flat, []
     for part, rows, p in zip(
         wanted.parts,
         torch.split(scaled, wanted.channels, 1),
         torch.split(products, wanted.channels, 1),
         strict=True,
     ):
-        known = part.flatten(2)
-        towards = (rows.transpose(1, 2) @ known).view(batch, -1, *part.shape[2:])
-        pulled += _spread(towards, wanted.size).flatten(2)
-        crossed.append(_weighted_moments(known, _brought(target, part).flatten(2), p) / pixels)
-    distance = inner @ flat
+        _subtract(slope, rows, part, wanted.size)
+        crossed.append(_weighted_moments(part.flatten(2), _brought(target, part).flatten(2), p) / pixels)
+    slope.add_(shift[:, :, None]).mul_(2 / (batch * pixels))
+    cross = torch.cat(crossed)
     constant = products * (bias.square() - 2 * bias * wanted.mean + wanted.square)
-    squares = torch.dot(flat.flatten(), distance.flatten()) - 2 * torch.dot(flat.flatten(), pulled.flatten())
-    loss = squares / (batch * pixels) + 2 * (mean * shift).sum() / batch + constant.sum() / batch
-    slope = distance.sub_(pulled).add_(shift[:, :, None]).mul_(2 / (batch * pixels))
+    loss = (inner * moments).sum() + 2 * (mean * shift).sum() + constant.sum() - 2 * (weight * cross).sum()
     if len(products) == 1:
         own = products.T * (weight @ moments.mean(0) + bias[:, None] * mean.mean(0))
     else:
         own = (products[:, :, None] * (weight @ moments + bias[:, None] * mean[:, None])).mean(0)
     off = products * (mean @ weight.T + bias - wanted.mean)
-    return loss, slope.view_as(target), 2 * (own - torch.cat(crossed) / batch), 2 * off.mean(0)
+    return loss / batch, slope.view_as(target), 2 * (own - cross / batch), 2 * off.mean(0)
+
+
+def _subtract(slope: Tensor, rows: Tensor, part: Tensor, size: Size) -> None:
+    """Take ``W' s`` from ``slope``, ``[B, c, h w]``, in place; with W on the source's own grid first."""
+    batch, channels = slope.shape[:2]
+    back = rows.transpose(1, 2).expand(batch, -1, -1)
+    if part.shape[2:] == size:
+        slope.baddbmm_(back, part.flatten(2), alpha=-1)
+        return
+    high, wide = _interpolation(part, size)
+    across = (back @ part.flatten(2)).view(batch * channels, *part.shape[2:]) @ wide.T
+    slope.view(batch * channels, *size).baddbmm_(high.expand(len(across), -1, -1), across, alpha=-1)
 
 
 def _weighted_moments(known: Tensor, near: Tensor, products: Tensor) -> Tensor:
