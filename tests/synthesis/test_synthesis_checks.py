@@ -25,6 +25,9 @@ IMAGES: dict[str, Any] = {"generator": [VAE, "amplitude"], "gate": OPEN, "plan":
 FEATURES: dict[str, Any] = {"generator": [SMALL]}
 ALONE = {"local", "pooled", "data-vectors"}
 """Methods that exchange nothing beforehand."""
+PUBLIC = {"fedmd", "ds-fl", "fccl", "kt-pfl", "feddf"}
+DIFFERENT = {*PUBLIC, "fedproto", "fedtgp", "fedgh", "lg-fedavg", "fml", "fedkd", "heterofl"}
+"""Rivals for different networks: they exchange no samples either."""
 OWN_HEADS = {"ditto", "apfl", "pfedme", "fedper", "fedrep", *ALONE}
 """Methods whose sites deploy a last layer of their own."""
 
@@ -67,8 +70,9 @@ def test_the_published_ring_is_too_coarse_for_sums_of_squares(synthesis: dict[st
 
 
 def test_which_methods_there_are() -> None:
-    assert {name for name in METHODS if not method_class(name).exchanges} == ALONE
-    assert {name for name in METHODS if not method_class(name).starts_global} | ALONE == OWN_HEADS
+    assert {name for name in METHODS if not method_class(name).exchanges} == ALONE | DIFFERENT
+    own = {name for name in METHODS if not method_class(name).starts_global}
+    assert own | ALONE == OWN_HEADS | DIFFERENT - {"heterofl"} | {"natimg-fl"}
 
 
 @pytest.mark.parametrize("method", sorted(OWN_HEADS - ALONE))
@@ -79,7 +83,7 @@ def test_features_are_refused_where_sites_have_last_layers_of_their_own(method: 
     assert hospital_study(method, synthesis=IMAGES, model=model).synthesis is not None
 
 
-@pytest.mark.parametrize("method", sorted(ALONE))
+@pytest.mark.parametrize("method", sorted(ALONE | DIFFERENT - PUBLIC))
 def test_a_method_that_exchanges_nothing_is_refused_as_the_studys_own(method: str) -> None:
     with pytest.raises(StudyError, match=rf"before method {method}.*--set synthesis=null.*fedavg"):
         hospital_study(method, synthesis=IMAGES)
