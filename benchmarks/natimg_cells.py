@@ -56,7 +56,7 @@ SOURCES = {
 }
 STEPS = {50: 35, 100: 35, 150: 35, 500: 45, 2000: 80}
 """Gradient steps on a hospital's own images in a round, by their number; the same for every method."""
-PRETRAIN = 20
+PRETRAIN = 40
 """Passes over the public images that networks start from, where they start pre-trained."""
 PROXIES = ("flowers", "things", "scans", "noise")
 """Sets of 1000 labelled public images: flowers; animals and vehicles; scans of other kinds; noise with a class."""

@@ -16,16 +16,11 @@ def draws(*shape: int, seed: int = 0) -> Tensor:
 
 
 def naive_mmd(first: Tensor, second: Tensor) -> float:
-    rows = [*first.tolist(), *second.tolist()]
-
     def apart(a: list[float], b: list[float]) -> float:
         return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
 
-    pairs = [apart(a, b) for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]
-    b = sum(pairs) / len(pairs)
-
     def mean_kernel(left: list[list[float]], right: list[list[float]]) -> float:
-        total = sum(math.exp(-apart(x, y) / (s * b)) for x in left for y in right for s in (0.25, 0.5, 1, 2, 4))
+        total = sum(math.exp(-apart(x, y) / width) for x in left for y in right for width in (0.5, 1, 2, 4, 8))
         return total / (len(left) * len(right))
 
     x, y = first.tolist(), second.tolist()
@@ -46,28 +41,37 @@ def test_mmd_is_never_negative_and_zero_for_equal_sets(shift: float, dtype: torc
         assert torch.isfinite(found)
         assert found >= 0
     assert float(mk_mmd(first, first)) < 1e-6
-    assert float(mk_mmd(torch.ones(4, 3), torch.ones(5, 3))) < 1e-6  # all equal: no bandwidth
+    assert float(mk_mmd(torch.ones(4, 3), torch.ones(5, 3))) < 1e-6
 
 
-def test_no_gradient_through_the_bandwidth() -> None:
-    # With a fixed bandwidth, scaling everything by (1 + h) changes distances but not b.
-    first, second = draws(4, 2).requires_grad_(), draws(5, 2, seed=1) + 1
-    mk_mmd(first, second).backward()
-    rows = torch.cat([first.detach(), second])
-    b = torch.cdist(rows, rows).square().sum() / (9 * 8)
+def slope(kind: str, first: Tensor, second: Tensor) -> tuple[float, Tensor, Tensor]:
+    left, right = first.clone().requires_grad_(), second.clone().requires_grad_()
+    found = aligned(kind, (left, torch.zeros(0)), (right, torch.zeros(0)), 1.0, None)  # type: ignore[arg-type]
+    found.backward()  # type: ignore[no-untyped-call]
+    assert left.grad is not None
+    assert right.grad is not None
+    return float(found.detach()), left.grad, right.grad
 
-    def fixed(x: Tensor) -> float:
-        total = 0.0
-        for left, right, sign in ((x, x, 1.0), (second, second, 1.0), (x, second, -2.0)):
-            distances = torch.cdist(left, right).square()
-            total += sign * sum(float(torch.exp(-distances / (s * b)).mean()) for s in (0.25, 0.5, 1, 2, 4))
-        return total
 
-    step = torch.zeros_like(rows[:4])
-    step[2, 1] = 1e-5
-    wanted = (fixed(first.detach() + step) - fixed(first.detach() - step)) / 2e-5
-    assert first.grad is not None
-    assert math.isclose(float(first.grad[2, 1]), wanted, rel_tol=1e-6)
+@pytest.mark.parametrize("kind", ["mmd", "coral"])
+def test_sets_are_not_brought_together_by_shrinking_them(kind: str) -> None:
+    first, second = draws(6, 4), draws(5, 4, seed=1) + 1
+    found, *slopes = slope(kind, first, second)
+    for features, gradient in zip((first, second), slopes, strict=True):
+        assert float(gradient.abs().max()) > 1e-4
+        torch.testing.assert_close((features * gradient).sum(1), torch.zeros(len(features), dtype=torch.float64))
+    assert math.isclose(slope(kind, 7 * first, 0.01 * second)[0], found, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["mmd", "coral"])
+def test_features_that_hardly_differ_are_not_pulled_harder(kind: str) -> None:
+    # Averages over space of a small network: much in common, little of each image.
+    common = torch.full((4,), 1.0, dtype=torch.float64)
+    pulls = []
+    for spread in (0.3, 0.03, 0.003):
+        _, left, right = slope(kind, common + spread * draws(6, 4), common + spread * (draws(5, 4, seed=1) + 1))
+        pulls.append(float(left.norm() + right.norm()))
+    assert pulls[0] > pulls[1] > pulls[2]
 
 
 def test_coral_is_the_distance_of_covariances_and_means() -> None:

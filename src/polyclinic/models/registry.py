@@ -39,7 +39,7 @@ def build_model(
 
     The same seed gives the same values, and torch's global random state is left as it was. The network's penultimate
     feature, where it has one, is named in its attribute ``feature_tap``, its maps of rising depth in ``taps`` (see
-    ``models.taps``). ``settings.embedding`` changes the last layer F -> C to F -> embedding, ReLU, embedding -> C.
+    ``models.taps``). ``settings.embedding`` changes the last layer F -> C to F -> embedding, embedding -> C.
 
     A network for segmentation may return a leading axis of views in training mode, ``[V, B, K, *spatial]``: the loss
     is then the mean over views. In evaluation mode it returns ``[B, K, *spatial]``.
@@ -162,7 +162,11 @@ def _construct(settings: ModelSettings, task: TaskSettings, image: ImageSettings
 
 
 def _embed(model: nn.Module, width: int, task: TaskSettings) -> None:
-    """Put ``width`` features between what entered the last layer and a new last layer."""
+    """Put ``width`` features between what entered the last layer and a new last layer.
+
+    Nothing between the two: with a ReLU there, averages over space, which differ little from image to image, leave many
+    features without any gradient, in a ShuffleNet with group normalisation all of them.
+    """
     name = head_name(model)
     head = model.get_submodule(name) if name else None
     if not isinstance(head, nn.Linear) or task.kind == "segmentation":
@@ -172,8 +176,8 @@ def _embed(model: nn.Module, width: int, task: TaskSettings) -> None:
         )
     last = nn.Linear(width, head.out_features, bias=head.bias is not None)
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Sequential(nn.Linear(head.in_features, width), nn.ReLU(), last))
-    model.feature_tap = f"{name}.1"  # type: ignore[assignment]
+    setattr(model.get_submodule(parent), leaf, nn.Sequential(nn.Linear(head.in_features, width), last))
+    model.feature_tap = f"{name}.0"  # type: ignore[assignment]
 
 
 def _check_output(model: nn.Module, name: str, task: TaskSettings, image_shape: list[int]) -> None:

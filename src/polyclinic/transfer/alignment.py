@@ -2,10 +2,12 @@
 
 The features are those of a site's own images and of public ones. Their label spaces differ, so full agreement is not
 even wanted: all of these are meant as small terms beside a task. Nothing here needs more memory than the square of a
-batch.
+batch. MK-MMD and CORAL see features of length one. Of features as they are, the cheapest way to bring two sets together
+is to shrink all of them to one point, and kernels as wide as the distances at hand pull the harder the smaller these
+get: small networks then forget every difference between images, and the task with it.
 
-- MK-MMD: Gretton et al., JMLR 2012, the biased estimator; five kernels about the mean distance, as Long et al., ICML
-  2015 (arXiv 1502.02791) use them.
+- MK-MMD: Gretton et al., JMLR 2012, the biased estimator; five kernels, as Long et al., ICML 2015 (arXiv 1502.02791)
+  use them, but of fixed widths.
 - CORAL: Sun and Saenko, ECCV 2016 workshops (arXiv 1607.01719); the distance of the means beside it is ours.
 - DANN: Ganin et al., JMLR 2016 (arXiv 1505.07818).
 - Supervised contrast: Khosla et al., NeurIPS 2020 (arXiv 2004.11362), with classes tied as in VHL (Tang et al., ICML
@@ -21,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Kind = Literal["mmd", "coral", "dann", "supcon", "none"]
-BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Of the kernels, in units of the mean squared distance."""
+BANDWIDTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Of the kernels, squared distances; about 2, that of two unrelated features of length one."""
 CONTRAST_TEMPERATURE = 0.07
 INSIDE = 0.1
 """What the contrast among public images alone weighs (VHL)."""
@@ -31,11 +33,10 @@ INSIDE = 0.1
 def mk_mmd(first: Tensor, second: Tensor) -> Tensor:
     """Squared distance of two mean embeddings under a sum of five Gaussian kernels; biased, so never negative.
 
-    ``mean K(x, x') + mean K(y, y') − 2 mean K(x, y)`` with ``K = Σₛ exp(−d² / (s b))``, b the mean squared distance of
-    all pairs of different features. No gradient flows through b.
+    ``mean K(x, x') + mean K(y, y') − 2 mean K(x, y)`` with ``K = Σₛ exp(−d² / s)`` over ``BANDWIDTHS``.
 
     Args:
-        first: ``[n, F]``.
+        first: ``[n, F]``, of length one: the widths are made for such.
         second: ``[m, F]``; n and m need not be equal.
 
     Returns:
@@ -44,11 +45,9 @@ def mk_mmd(first: Tensor, second: Tensor) -> Tensor:
     both = torch.cat([first, second])
     squares = both.square().sum(1)
     distances = (squares[:, None] + squares[None] - 2 * both @ both.T).clamp(min=0)
-    count = len(both)
-    bandwidth = (distances.detach().sum() / (count * (count - 1))).clamp(min=torch.finfo(both.dtype).tiny)
-    kernels = sum((torch.exp(distances / (-scale * bandwidth)) for scale in BANDWIDTHS), torch.zeros_like(distances))
+    kernels = sum((torch.exp(distances / -width) for width in BANDWIDTHS), torch.zeros_like(distances))
     # One quadratic form in +1/n and -1/m: what is left of rounding alone can lie below zero.
-    signs = both.new_full((count,), 1 / len(first))
+    signs = both.new_full((len(both),), 1 / len(first))
     signs[len(first) :] = -1 / len(second)
     return (signs @ kernels @ signs).clamp(min=0)
 
@@ -139,7 +138,7 @@ def make_judge(kind: Kind, features: int) -> nn.Module | None:
 def aligned(
     kind: Kind, own: tuple[Tensor, Tensor], public: tuple[Tensor, Tensor], strength: float, judge: nn.Module | None
 ) -> Tensor:
-    """What an alignment adds to the loss; computed in 32 bits at least.
+    """What an alignment adds to the loss; computed in 32 bits at least, of features of length one for mmd and coral.
 
     Args:
         kind: Which; ``none`` adds zero.
@@ -157,4 +156,4 @@ def aligned(
         return found
     if kind == "supcon":
         return strength * supervised_contrast(first, second, own[1], public[1])
-    return strength * (mk_mmd if kind == "mmd" else coral)(first, second)
+    return strength * (mk_mmd if kind == "mmd" else coral)(F.normalize(first), F.normalize(second))
