@@ -17,10 +17,11 @@ from PIL import Image
 
 from polyclinic.data.proxies import PROXY_OPS, Proxies, agree_on_proxies, load_proxies
 from polyclinic.data.proxy_manifest import ProxyManifest, make_manifest
-from polyclinic.errors import DataError, SiteError, StudyError
+from polyclinic.errors import DataError, RunError, SiteError, StudyError
 from polyclinic.federation.local import LocalChannel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site, Workbench
+from polyclinic.federation.state import ServerState
 from polyclinic.models.registry import start_model
 from polyclinic.study import Study, validate_study
 from polyclinic.tasks import make_task
@@ -190,8 +191,30 @@ def test_other_images_than_the_manifests_are_refused(root: Path, fault: Any, wor
     fault(root)
     with pytest.raises(DataError) as caught:
         load_proxies(study(root))
-    for word in words:
-        assert word in str(caught.value)
+    answer = site("north", study(root), root / "run").handle("proxies", 1, Message(scalars={"digest": ""}))
+    assert answer.scalars.keys() == {"fault"}
+    for told in (str(caught.value), str(answer.scalars["fault"])):
+        assert all(word in told for word in words), told
+        # Where files lie at a site is its own business.
+        assert str(root) not in told
+
+
+def test_a_manifest_that_may_not_be_read_is_named_without_its_folder(root: Path) -> None:
+    (root / "public.json").unlink()
+    (root / "public.json").mkdir()
+    with pytest.raises(DataError, match=r"public\.json is no manifest of public images \(Is a directory\)"):
+        load_proxies(study(root))
+
+
+def test_a_resumed_run_keeps_its_public_images(root: Path, tmp_path: Path) -> None:
+    channel = LocalChannel({"north": site("north", study(root), tmp_path)})
+    state = ServerState({})
+    state.scalars["proxies"] = "0" * 64
+    with pytest.raises(
+        RunError, match=r"began with other public images.*digest 000000000000\.\.\..*new results folder"
+    ):
+        agree_on_proxies(channel, study(root), state)
+    assert not channel.traffic.down
 
 
 def test_the_first_of_several_altered_images_is_named(root: Path) -> None:
@@ -237,8 +260,10 @@ def test_sites_with_the_same_images_agree(root: Path, tmp_path: Path) -> None:
     replies: list[Message] = []
     channel._on_call = lambda op, name, reply: replies.append(reply)
     channel.begin_round(1)
-    agreed = agree_on_proxies(channel, own)
-    assert agreed is agree_on_proxies(channel, own)
+    state = ServerState({})
+    agreed = agree_on_proxies(channel, own, state)
+    assert agreed is agree_on_proxies(channel, own, state)
+    assert state.scalars == {"proxies": agreed.digest}
     assert [(dict(r.scalars), dict(r.arrays)) for r in replies] == [({"digest": agreed.digest}, {})] * 4
     down = Message(scalars={"name": "mini", "digest": agreed.digest}).nbytes
     assert channel.traffic.by_op()["proxies"]["down"] == 4 * down
@@ -256,7 +281,7 @@ def test_one_altered_image_at_a_site_stops_the_federation(root: Path, tmp_path: 
     channel = LocalChannel(sites, tolerant=tolerant)
     channel.begin_round(1)
     with pytest.raises(DataError, match=r"site 'south'.*'cat/4.png'.*SHA-256"):
-        agree_on_proxies(channel, own)
+        agree_on_proxies(channel, own, ServerState({}))
 
 
 def test_a_site_with_another_manifest_stops_the_federation(root: Path, tmp_path: Path) -> None:
@@ -265,7 +290,9 @@ def test_a_site_with_another_manifest_stops_the_federation(root: Path, tmp_path:
     channel = LocalChannel({"south": site("south", study(away), tmp_path)})
     channel.begin_round(1)
     with pytest.raises(DataError, match=r"site 'south' has other public images than the server"):
-        agree_on_proxies(channel, study(root))
+        agree_on_proxies(channel, study(root), ServerState({}))
+    with pytest.raises(SiteError, match=r"site 'south' did not compare its public images 'mini'"):
+        channel._sites["south"].proxies  # noqa: B018
 
 
 def test_a_site_of_a_study_without_public_images_says_so(root: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ import yaml
 from toys import sites, toy_study, trained
 
 from polyclinic.cli import app
-from polyclinic.methods import METHODS
+from polyclinic.errors import StudyError
+from polyclinic.methods import METHODS, method_class
 from polyclinic.models.registry import build_model
 from polyclinic.study import ImageSettings, ModelSettings, Study, TaskSettings, study_schema, validate_study
 
@@ -184,3 +185,19 @@ def test_pages_name_every_method_and_link_to_files_that_exist() -> None:
     for page in PAGES:
         for link in re.findall(r"(?<!!)\[[^\]]+\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_threat_model_says_what_every_method_for_different_networks_shows() -> None:
+    """Each has a row, and the row says whether a sum can hide it."""
+    page = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    section = page.partition("## Sites with different networks")[2].partition("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    told = {name: row[2] for row in rows for name in re.findall(r"`([a-z-]+)`", row[0])}
+    assert {name for name in METHODS if method_class(name).mixed_networks} <= told.keys()
+    for name, backends in told.items():
+        if name in METHODS:
+            try:
+                toy_study(name, aggregation="masked")
+                assert backends.startswith("any"), name
+            except StudyError:
+                assert backends == "no sum", name

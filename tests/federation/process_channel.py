@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from polyclinic.errors import RunError, UndeclaredError
+from polyclinic.errors import RunError, SiteError, UndeclaredError
 from polyclinic.federation.channel import Traffic
 from polyclinic.federation.message import Message
 
@@ -100,6 +100,10 @@ class ProcessChannel:
     def call(self, op: str, messages: Mapping[str, Message]) -> dict[str, Message]:
         """Gather ``stream``."""
         return dict(self.stream(op, messages))
+
+    def refuse(self, site: str, error: SiteError) -> None:
+        """Count a site that answered as absent."""
+        self.absent[site] = f"{type(error).__name__}: {error}"
 
     def _ask(self, name: str, request: tuple[object, ...]) -> Any:
         """The reply in bytes, the reason of the site's absence as text, or an error that is no absence."""

@@ -1,12 +1,13 @@
-"""The toys' linear network, its training and its public images, written out a second time."""
+"""The toys' networks of linear layers, their training and their public images, written out a second time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from toys import IMAGES
 
 from polyclinic.data.dataset import SiteData
 from polyclinic.data.proxies import load_proxies
@@ -14,12 +15,14 @@ from polyclinic.runner import Run
 from polyclinic.study import Study
 
 LR = 0.1
+NAMES = ("1.weight", "1.bias", "2.weight", "2.bias")
+"""Tensors of ``toys:two_layers``: body and head; ``toys:linear`` has the first two."""
 Weights = list[Tensor]
-"""``[2, 16]`` and ``[2]``."""
+"""In this order: ``[2, 16]`` and ``[2]``, or ``[3, 16]``, ``[3]``, ``[2, 3]`` and ``[2]``."""
 
 
 def start(run: Run) -> Weights:
-    return [run.bench.initial[name].clone() for name in ("1.weight", "1.bias")]
+    return [run.bench.initial[name].clone() for name in NAMES if name in run.bench.initial]
 
 
 def own_images(data: SiteData) -> tuple[Tensor, Tensor]:
@@ -33,24 +36,49 @@ def public(study: Study) -> Tensor:
 
 
 def scores(weights: Weights, inputs: Tensor) -> Tensor:
-    return inputs @ weights[0].T + weights[1]
+    """Of one layer or of several, with nothing between them."""
+    for weight, bias in zip(weights[::2], weights[1::2], strict=True):
+        inputs = inputs @ weight.T + bias
+    return inputs
+
+
+def leaves(weights: Weights) -> Weights:
+    """Copies at which gradients are taken."""
+    return [tensor.clone().requires_grad_() for tensor in weights]
+
+
+def stepped(at: Weights, loss: Tensor, lr: float = LR) -> Weights:
+    """One step of gradient descent from leaves."""
+    slopes = torch.autograd.grad(loss, at)
+    return [(tensor - lr * slope).detach() for tensor, slope in zip(at, slopes, strict=True)]
 
 
 def descended(weights: Weights, loss: Callable[[Weights], Tensor], lr: float = LR) -> Weights:
     """One step of gradient descent."""
-    leaves = [tensor.clone().requires_grad_() for tensor in weights]
-    slopes = torch.autograd.grad(loss(leaves), leaves)
-    return [tensor - lr * slope for tensor, slope in zip(weights, slopes, strict=True)]
+    at = leaves(weights)
+    return stepped(at, loss(at), lr)
+
+
+def fitted(weights: Weights, inputs: Tensor, classes: Tensor, lr: float = LR) -> Weights:
+    """One step down the cross-entropy of all these."""
+    return descended(weights, lambda w: F.cross_entropy(scores(w, inputs), classes), lr)
 
 
 def trained_alone(weights: Weights, data: SiteData) -> Weights:
     """One step on all of a site's images."""
-    inputs, classes = own_images(data)
-    return descended(weights, lambda w: F.cross_entropy(scores(w, inputs), classes))
+    return fitted(weights, *own_images(data))
 
 
-def close(found: dict[str, Tensor], wanted: Weights) -> None:
-    torch.testing.assert_close([found["1.weight"], found["1.bias"]], wanted, rtol=1e-5, atol=1e-6)
+def averaged(own: Mapping[str, Weights]) -> Weights:
+    """The mean over the toy sites, by training images."""
+    total = sum(IMAGES[site] for site in own)
+    parts = [[IMAGES[site] / total * tensor for tensor in weights] for site, weights in own.items()]
+    return [torch.stack(tensors).sum(0) for tensors in zip(*parts, strict=True)]
+
+
+def close(found: Mapping[str, Tensor], wanted: Weights, rtol: float = 1e-5) -> None:
+    """As many of the tensors as there are wanted ones."""
+    torch.testing.assert_close([found[name] for name in NAMES[: len(wanted)]], wanted, rtol=rtol, atol=1e-6)
 
 
 def naive_kl(goal: Tensor, own: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from toys import sites, toy_study
+from toys import sites, toy_study, trained
 
 from polyclinic.data.dataset import SiteData
 from polyclinic.data.manifest import Case
@@ -36,14 +36,6 @@ def mixed_study(method: str | dict[str, Any], **sections: Any) -> Study:
     return toy_study({"rounds": 1, **given}, **{**base, **sections})
 
 
-def enlarged(size: int = 32) -> dict[str, SiteData]:
-    """The toy sites with larger images."""
-    data = sites()
-    for own in data.values():
-        own._blocks = (F.interpolate(own.images, size=(size, size)),)
-    return data
-
-
 def with_findings(size: int = 4) -> dict[str, SiteData]:
     """The toy sites' images with three findings each, drawn at random, the last one rare."""
     made = {}
@@ -65,11 +57,6 @@ def multi_label(method: str | dict[str, Any], **sections: Any) -> Study:
     return toy_study(method, task={"kind": "multi-label", "classes": FINDINGS}, **sections)
 
 
-def pixels(data: SiteData) -> torch.Tensor:
-    """Training images as a toy network gets them, float32 ``[N, pixels]``."""
-    return ((data.images[data.splits["train"]] - 0.5) / 0.25).flatten(1)
-
-
 def prepared(study: Study, data: dict[str, SiteData], folder: Path) -> Run:
     """A run before its first round."""
     opened = RunFolder(folder)
@@ -85,6 +72,16 @@ def failing(run: Run, site: str, op: str = "train") -> None:
 
     own = run.channel._sites[site]
     own._ops = {**own._ops, op: Op(fails, own._ops[op].leaves)}
+
+
+def without_west(method: str | dict[str, Any], folder: Path) -> tuple[Run, Run]:
+    """A run in which ``west`` fails in every round, and one of the other sites alone, both after their last round."""
+    study = toy_study(method, federation={"on_absent": "continue"})
+    run = prepared(study, sites(), folder / "run")
+    failing(run, "west")
+    run.train()
+    others = {name: own for name, own in sites().items() if name != "west"}
+    return run, trained(study, others, folder / "others")
 
 
 def passing(run: Run, op: str = "train") -> list[tuple[str, Message, Message]]:

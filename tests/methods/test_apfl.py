@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_contract import CNN, _small_images, same
-from toys import deployed, sites, toy_study, trained
+from test_contract import CNN, same
+from toys import deployed, enlarged, sites, toy_study, trained
 
 from polyclinic.errors import SiteError
 from polyclinic.methods.apfl import Mixture
@@ -69,7 +69,7 @@ def test_w_is_fedavgs_bit_for_bit_even_with_dropout(tmp_path: Path) -> None:
         "training": {"batch_size": 6, "momentum": 0.9, "clip": 1.0, "lr": 0.01},
     }
     runs = [
-        trained(toy_study({"name": name, "rounds": 2}, **sections), _small_images(16), tmp_path / name)
+        trained(toy_study({"name": name, "rounds": 2}, **sections), enlarged(16), tmp_path / name)
         for name in ("fedavg", "apfl")
     ]
     assert same(runs[0].state.groups["model"], runs[1].state.groups["model"])
@@ -77,9 +77,9 @@ def test_w_is_fedavgs_bit_for_bit_even_with_dropout(tmp_path: Path) -> None:
 
 def test_a_whole_share_is_local_training_with_its_own_statistics(tmp_path: Path) -> None:
     sections = {"model": CNN, "data": {"image": {"size": [8, 8]}}, "training": {"batch_size": 4}}
-    alone = trained(toy_study("local", **sections), _small_images(), tmp_path / "local")
+    alone = trained(toy_study("local", **sections), enlarged(8), tmp_path / "local")
     study = toy_study({"name": "apfl", "alpha": 1.0, "adaptive": False}, **sections)
-    run = trained(study, _small_images(), tmp_path / "apfl")
+    run = trained(study, enlarged(8), tmp_path / "apfl")
     for site in run.channel.sites:
         for name, wanted in deployed(alone, site).items():
             torch.testing.assert_close(deployed(run, site)[name], wanted, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import IMAGES, deployed, sites, toy_study, trained
+from toys import IMAGES, deployed, enlarged, resumed, sites, toy_study, trained
 
 from polyclinic.errors import PolyclinicError, UndeclaredError
 from polyclinic.federation.message import Message
@@ -17,7 +17,6 @@ from polyclinic.methods import METHODS
 from polyclinic.models.normalisation import norm_parameter_names, running_statistics
 from polyclinic.results import RunFolder
 from polyclinic.runner import Run, Silent
-from polyclinic.study import Study
 
 PLAIN: dict[str, dict[str, Any]] = {
     "fedprox": {"mu": 0.0},
@@ -68,6 +67,7 @@ BESIDE = {
     "lg-fedavg": {"weight", "bias"},
     "fml": COMPANION,
     "fedkd": COMPANION,
+    "heterofl": {"held"},
     "fedmd": {"scores"},
     "ds-fl": {"probabilities"},
     "fccl": {"scores"},
@@ -154,15 +154,9 @@ def test_order_of_sites_does_not_matter(method: str, tmp_path: Path) -> None:
 @METHOD
 def test_a_new_process_goes_on_bit_for_bit(method: str, tmp_path: Path) -> None:
     study = toy_study(method, training={"batch_size": 4}, model=CNN, data={"image": {"size": [8, 8]}})
-    data = _small_images()
+    data = enlarged(8)
     whole = trained(study, data, tmp_path / "whole")
-    folder = RunFolder(tmp_path / "parts")
-    folder.create(study)
-    _stop_after(study, data, folder, rounds=1)
-    resumed = Run(study, data, folder, Silent())
-    assert resumed.state.finished == 1
-    resumed.train()
-    assert same(end_state(whole), end_state(resumed))
+    assert same(end_state(whole), end_state(resumed(study, data, tmp_path / "parts")))
 
 
 SECURE: dict[str, tuple[Any, float]] = {
@@ -199,13 +193,7 @@ def test_a_secure_sum_changes_nothing_but_rounding(method: str, backend: str, tm
 def test_a_resumed_secure_run_ends_the_same(backend: str, tmp_path: Path) -> None:
     study = toy_study("fedavg", training={"batch_size": 4}, aggregation=SECURE[backend][0])
     whole = trained(study, sites(), tmp_path / "whole")
-    folder = RunFolder(tmp_path / "parts")
-    folder.create(study)
-    _stop_after(study, sites(), folder, rounds=1)
-    resumed = Run(study, sites(), folder, Silent())
-    assert resumed.state.finished == 1
-    resumed.train()
-    assert same(end_state(whole), end_state(resumed))
+    assert same(end_state(whole), end_state(resumed(study, sites(), tmp_path / "parts")))
 
 
 @pytest.mark.parametrize("backend", SECURE)
@@ -227,10 +215,10 @@ def test_a_round_lost_after_its_sum_was_opened_is_repeated(
         patched.setattr(RunFolder, "add_round", cut)
         with pytest.raises(PowerCutError):
             Run(study, sites(), folder, Silent()).train()
-    resumed = Run(study, sites(), folder, Silent())
-    assert resumed.state.finished == 0
-    resumed.train()
-    assert same(end_state(whole), end_state(resumed))
+    repeated = Run(study, sites(), folder, Silent())
+    assert repeated.state.finished == 0
+    repeated.train()
+    assert same(end_state(whole), end_state(repeated))
 
 
 @METHOD
@@ -247,7 +235,7 @@ def test_state_survives_safetensors(method: str, tmp_path: Path) -> None:
 
 @METHOD
 def test_evaluation_leaves_training_untouched(method: str, tmp_path: Path) -> None:
-    data = _small_images()
+    data = enlarged(8)
     ends = []
     for every in (0, 1):
         study = toy_study(
@@ -266,7 +254,7 @@ def test_buffers_behave_as_declared(method: str, norm: str, tmp_path: Path) -> N
         with pytest.raises(PolyclinicError, match="batch-local"):
             toy_study(method, **sections)
         return
-    run = trained(toy_study(method, **sections), _small_images(16), tmp_path)
+    run = trained(toy_study(method, **sections), enlarged(16), tmp_path)
     sent = set(run.state.groups["model"])
     statistics = {n for n in running_statistics(run.bench.model) if not n.endswith("num_batches_tracked")}
     if method == "fedbn":
@@ -315,23 +303,3 @@ def test_the_door_is_shut(tmp_path: Path) -> None:
     run.channel._tolerant = True
     with pytest.raises(UndeclaredError, match=r"north.*train.*images.*Declare"):
         run.train()
-
-
-def _small_images(size: int = 8) -> dict[str, Any]:
-    data = sites()
-    for own in data.values():
-        own._blocks = (torch.nn.functional.interpolate(own.images, size=(size, size)),)
-    return data
-
-
-def _stop_after(study: Study, data: dict[str, Any], folder: RunFolder, rounds: int) -> None:
-    class EnoughError(Exception):
-        pass
-
-    class Stopper(Silent):
-        def round_finished(self, record: Any) -> None:
-            if record["round"] == rounds:
-                raise EnoughError
-
-    with pytest.raises(EnoughError):
-        Run(study, data, folder, Stopper()).train()

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from mixed_sites import enlarged, mixed_study, prepared
+from mixed_sites import mixed_study
 from test_contract import SECURE, end_state, same
-from toys import trained
+from toys import enlarged, resumed, trained
 
 from polyclinic.errors import StudyError
-from polyclinic.results import RunFolder
-from polyclinic.runner import Run, Silent
 from polyclinic.study import Study
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -41,22 +39,7 @@ def two_widths(method: str, **sections: Any) -> Study:
 def test_a_new_process_goes_on_bit_for_bit(method: str, tmp_path: Path) -> None:
     study, data = two_widths(method), enlarged(16)
     whole = trained(study, data, tmp_path / "whole")
-    first = prepared(study, data, tmp_path / "parts")
-
-    class EnoughError(Exception):
-        pass
-
-    class Stopper(Silent):
-        def round_finished(self, record: Any) -> None:
-            raise EnoughError
-
-    first.observer = Stopper()
-    with pytest.raises(EnoughError):
-        first.train()
-    resumed = Run(study, data, RunFolder(tmp_path / "parts"), Silent())
-    assert resumed.state.finished == 1
-    resumed.train()
-    assert same(end_state(whole), end_state(resumed))
+    assert same(end_state(whole), end_state(resumed(study, data, tmp_path / "parts")))
 
 
 @METHOD

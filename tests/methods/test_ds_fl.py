@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from linear_by_hand import Weights, close, descended, public, scores, start, trained_alone
-from test_contract import _small_images
 from test_public_images import CNN, OTHERS, opened, recorded
-from toys import IMAGES, deployed, sites, toy_study, trained
+from toys import IMAGES, deployed, enlarged, sites, toy_study, trained
 
 from polyclinic.methods import make_method
 from polyclinic.methods.ds_fl import DSFL
@@ -80,7 +79,7 @@ def test_the_central_model_has_a_network_of_its_own_where_asked(tmp_path: Path) 
         models=OTHERS,
         data={"image": {"size": [32, 32]}},
     )
-    run = opened(study, tmp_path, _small_images(32))
+    run = opened(study, tmp_path, enlarged(32))
     assert run.method.central(run.state) is None
     calls = recorded(run)
     run.train()

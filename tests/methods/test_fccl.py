@@ -15,7 +15,7 @@ from toys import IMAGES, deployed, sites, toy_study, trained
 from polyclinic.errors import StudyError
 from polyclinic.methods.fccl import batches, correlation_loss, cosines, similarity_loss, without_target
 
-FCCL_PLUS: dict[str, Any] = {"features": 3.0, "temperature": 3.0, "non_target": True}
+FCCL_PLUS: dict[str, Any] = {"features": 3.0, "temperature": 3.0, "non_target": True, "pretrained": 0.0}
 
 
 def naive_correlation_loss(own: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

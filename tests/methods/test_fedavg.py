@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from toys import IMAGES, deployed, sites, toy_study, trained
 
 from polyclinic.methods.base import draw_cohort
+from polyclinic.methods.fedavg import add_update
+from polyclinic.methods.fedproto import kept_where_missing
 
 
 def _pooled_descent(rounds: int, lr: float, run: object) -> dict[str, torch.Tensor]:
@@ -72,3 +74,15 @@ def test_only_the_cohort_trains(tmp_path: Path) -> None:
     run = trained(toy_study({"name": "fedavg", "participation": 0.34, "rounds": 4}), sites(), tmp_path)
     heard = [sum(s["loss"] is not None for s in record["sites"].values()) for record in run.records]
     assert heard == [1, 1, 1, 1]
+
+
+def test_a_sum_on_another_device_is_added_where_the_model_is() -> None:
+    """Hidden sums come back on the CPU. The meta device stands for a GPU; it refuses mixed devices as that does."""
+    with pytest.raises(RuntimeError, match="device"):
+        torch.add(torch.ones(2, device="meta"), torch.ones(2))
+    model = {"weight": torch.ones(2, dtype=torch.float16, device="meta")}
+    found = add_update(model, {"weight": torch.ones(2, dtype=torch.float64)})["weight"]
+    assert (found.device.type, found.dtype) == ("meta", torch.float16)
+    last = {"means": torch.ones(3, 2), "held": torch.tensor([True, False, True])}
+    kept = kept_where_missing({name: tensor.to("meta") for name, tensor in last.items()}, last)
+    assert {tensor.device.type for tensor in kept.values()} == {"meta"}

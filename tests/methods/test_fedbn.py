@@ -1,8 +1,8 @@
 from pathlib import Path
 
 import torch
-from test_contract import CNN, _small_images
-from toys import deployed, toy_study
+from test_contract import CNN
+from toys import deployed, enlarged, toy_study
 
 from polyclinic.federation.message import Message
 from polyclinic.models.normalisation import norm_parameter_names
@@ -13,7 +13,7 @@ from polyclinic.runner import Run, Silent
 def test_norm_tensors_are_never_sent_either_way_and_differ_between_sites(tmp_path: Path) -> None:
     study = toy_study("fedbn", model=CNN, data={"image": {"size": [8, 8]}}, evaluation={"every": 1})
     RunFolder(tmp_path).create(study)
-    run = Run(study, _small_images(), RunFolder(tmp_path), Silent())
+    run = Run(study, enlarged(8), RunFolder(tmp_path), Silent())
     seen: set[str] = set()
     inner = run.channel.stream
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from linear_by_hand import Weights, close, naive_kl, public, scores, start, trained_alone
-from test_contract import _small_images, same
+from linear_by_hand import Weights, averaged, close, naive_kl, public, scores, start, trained_alone
+from test_contract import same
 from test_public_images import CNN, failing, opened
-from toys import IMAGES, deployed, sites, toy_study, trained
+from toys import IMAGES, deployed, enlarged, sites, toy_study, trained
 
 from polyclinic.data.proxies import load_proxies
 from polyclinic.errors import StudyError
@@ -19,12 +19,6 @@ from polyclinic.transfer.proxy_logits import ProxyRound
 
 HALF: dict[str, Any] = {"north": {"name": "toy_proxies:wide"}}
 """Two sites with the study's network, one with another."""
-
-
-def averaged(own: dict[str, Weights]) -> Weights:
-    """By images."""
-    total = sum(IMAGES[site] for site in own)
-    return [sum(IMAGES[site] / total * weights[k] for site, weights in own.items()) for k in (0, 1)]
 
 
 def after_a_round_of_training(run: Run, weights: Weights | None = None) -> dict[str, Weights]:
@@ -147,7 +141,7 @@ def test_running_statistics_are_the_sites_average_and_public_images_do_not_move_
     ends = []
     for steps in (0, 20):
         settings = {"name": "feddf", "rounds": 1, "steps": steps, "every": 1, "lr": 1e-5}
-        ends.append(trained(toy_study(settings, **sections), _small_images(16), tmp_path / str(steps)))
+        ends.append(trained(toy_study(settings, **sections), enlarged(16), tmp_path / str(steps)))
     plain, distilled = (dict(run.state.groups["model"]) for run in ends)
     moved = running_statistics(ends[0].bench.model)
     assert any(name in moved for name in plain)

@@ -5,25 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from mixed_sites import (
-    MOBILE,
-    enlarged,
-    failing,
-    mixed_study,
-    multi_label,
-    passing,
-    pixels,
-    prepared,
-    shapes,
-    with_findings,
-)
+from linear_by_hand import close, fitted, own_images, scores, start, trained_alone
+from mixed_sites import MOBILE, mixed_study, multi_label, passing, prepared, shapes, with_findings, without_west
 from test_contract import same
-from toys import deployed, sites, toy_study, trained
+from toys import deployed, enlarged, sites, toy_study, trained
 
 from polyclinic.errors import StudyError
 from polyclinic.methods.fedgh import FedGHParams, fit_on_means
-
-NAMES = ("1.weight", "1.bias", "2.weight", "2.bias")
 
 
 def test_two_rounds_by_hand(tmp_path: Path) -> None:
@@ -31,27 +19,20 @@ def test_two_rounds_by_hand(tmp_path: Path) -> None:
     data = sites()
     settings = {"name": "fedgh", "rounds": 2, "floor": 1, "head_epochs": 3, "head_lr": 0.2}
     run = trained(toy_study(settings), data, tmp_path)
-    start = [run.bench.initial[name] for name in NAMES]
-    bodies, head = dict.fromkeys(data, start[:2]), start[2:]
+    bodies, head = dict.fromkeys(data, start(run)[:2]), start(run)[2:]
     for _ in range(2):
         means, labels = [], []
         for site, own in data.items():
-            values = [t.clone().requires_grad_() for t in (*bodies[site], *head)]
-            targets = own.labels("train")
-            hidden = pixels(own) @ values[0].T + values[1]
-            gradients = torch.autograd.grad(F.cross_entropy(hidden @ values[2].T + values[3], targets), values)
-            bodies[site] = [(t - 0.1 * g).detach() for t, g in zip(values[:2], gradients[:2], strict=True)]
-            features = pixels(own) @ bodies[site][0].T + bodies[site][1]
+            inputs, targets = own_images(own)
+            bodies[site] = trained_alone([*bodies[site], *head], own)[:2]
+            features = scores(bodies[site], inputs)
             for c in range(2):
                 means.append(features[targets == c].mean(0))
                 labels.append(c)
         for _ in range(3):
-            leaves = [t.clone().requires_grad_() for t in head]
-            loss = F.cross_entropy(torch.stack(means) @ leaves[0].T + leaves[1], torch.tensor(labels))
-            head = [(t - 0.2 * g).detach() for t, g in zip(leaves, torch.autograd.grad(loss, leaves), strict=True)]
+            head = fitted(head, torch.stack(means), torch.tensor(labels), lr=0.2)
     for site in data:
-        for name, wanted in zip(NAMES, (*bodies[site], *head), strict=True):
-            torch.testing.assert_close(deployed(run, site)[name], wanted, rtol=1e-5, atol=1e-6)
+        close(deployed(run, site), [*bodies[site], *head])
 
 
 def test_a_finding_is_learnt_from_its_own_two_means() -> None:
@@ -100,7 +81,7 @@ def test_without_the_servers_training_it_is_local_bit_for_bit(tmp_path: Path) ->
 def test_a_site_uses_its_body_and_the_newest_head(tmp_path: Path) -> None:
     run = trained(mixed_study({"name": "fedgh", "floor": 1, "rounds": 2}), enlarged(), tmp_path)
     head = run.state.groups["head"]
-    for site, name in {"north": "head.2", "west": "classifier.1.2"}.items():
+    for site, name in {"north": "head.1", "west": "classifier.1.1"}.items():
         used = deployed(run, site)
         assert torch.equal(used[f"{name}.weight"], head["weight"])
         assert torch.equal(used[f"{name}.bias"], head["bias"])
@@ -108,12 +89,7 @@ def test_a_site_uses_its_body_and_the_newest_head(tmp_path: Path) -> None:
 
 
 def test_a_site_that_drops_out(tmp_path: Path) -> None:
-    study = toy_study({"name": "fedgh", "floor": 1}, federation={"on_absent": "continue"})
-    run = prepared(study, sites(), tmp_path / "run")
-    failing(run, "west")
-    run.train()
-    others = {name: own for name, own in sites().items() if name != "west"}
-    alone = trained(study, others, tmp_path / "others")
+    run, alone = without_west({"name": "fedgh", "floor": 1}, tmp_path)
     assert same(run.state.groups["head"], alone.state.groups["head"])
     assert torch.equal(deployed(run, "west")["2.weight"], run.state.groups["head"]["weight"])
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from mixed_sites import enlarged, failing, mixed_study, multi_label, passing, pixels, prepared, with_findings
+from linear_by_hand import Weights, averaged, close, leaves, own_images, scores, start, stepped
+from mixed_sites import failing, mixed_study, multi_label, passing, prepared, with_findings, without_west
 from test_contract import COMPANION, same
-from test_fml import LINEAR, NAMES, TWO_LAYERS, divergence, own_answer
-from toys import deployed, sites, toy_study, trained
+from test_fml import LINEAR, TWO_LAYERS, divergence, the_companion_is_tested_as_central
+from toys import deployed, enlarged, sites, toy_study, trained
 
 from polyclinic.errors import SiteError, StudyError
 from polyclinic.methods.fedkd import FedKDParams, factorised, first_map, multiplied
@@ -26,39 +27,37 @@ def test_two_rounds_by_hand(findings: bool, tmp_path: Path) -> None:
     settings = {"name": "fedkd", "rounds": 2, "companion": LINEAR, "strength": strength, **EXACT}
     study = (multi_label if findings else toy_study)(settings, model=TWO_LAYERS)
     run = trained(study, data, tmp_path)
-    start = start_model(study, study.method.companion)
-    companion = [start[1].weight.detach(), start[1].bias.detach()]  # type: ignore[index]
-    own = {site: [run.bench.initial[name] for name in NAMES] for site in data}
-    first = first_map(last_layer(run.bench.model)[1], last_layer(start)[1], derive_seed(0, "map of features"))
+    linear = start_model(study, study.method.companion)
+    companion = [tensor.detach() for tensor in linear.parameters()]
+    own = {site: start(run) for site in data}
+    first = first_map(last_layer(run.bench.model)[1], last_layer(linear)[1], derive_seed(0, "map of features"))
     assert first.shape == (3, 16)
     assert first.abs().max() <= 0.25
     maps = dict.fromkeys(data, first)
-    images = {site: len(part.splits["train"]) for site, part in data.items()}
     task = F.binary_cross_entropy_with_logits if findings else F.cross_entropy
+    told: dict[str, float] = {}
     for _ in range(2):
-        ends: dict[str, list[torch.Tensor]] = {}
+        ends: dict[str, Weights] = {}
         for site, part in data.items():
-            w, m = ([t.clone().requires_grad_() for t in values] for values in (own[site], companion))
-            between = maps[site].clone().requires_grad_()
-            inputs, targets = pixels(part), part.labels("train")
-            z, y = own_answer(w, inputs), inputs @ m[0].T + m[1]
-            feature, mapped = inputs @ w[0].T + w[1], inputs @ between.T
+            w, m, (between,) = leaves(own[site]), leaves(companion), leaves([maps[site]])
+            inputs, targets = own_images(part)
+            z, y = scores(w, inputs), scores(m, inputs)
+            feature, mapped = scores(w[:2], inputs), inputs @ between.T
             losses = task(z, targets), task(y, targets)
             share = strength / (losses[0] + losses[1]).item()
             own_loss = losses[0] + share * (divergence(y, z, findings) + ((feature - mapped.detach()) ** 2).mean())
             its_loss = losses[1] + share * (divergence(z, y, findings) + ((feature.detach() - mapped) ** 2).mean())
-            own[site] = [(t - 0.1 * g).detach() for t, g in zip(w, torch.autograd.grad(own_loss, w), strict=True)]
-            slopes = torch.autograd.grad(its_loss, [*m, between])
-            *ends[site], maps[site] = [(t - 0.1 * g).detach() for t, g in zip([*m, between], slopes, strict=True)]
-        companion = [sum(images[s] * ends[s][i] for s in data) / sum(images.values()) for i in range(2)]  # type: ignore[misc]
+            own[site] = stepped(w, own_loss)
+            told[site] = losses[0].item()
+            *ends[site], maps[site] = stepped([*m, between], its_loss)
+        companion = averaged(ends)
     for site in data:
-        for name, wanted in zip(NAMES, own[site], strict=True):
-            torch.testing.assert_close(deployed(run, site)[name], wanted, rtol=1e-4, atol=1e-6)
+        close(deployed(run, site), own[site], rtol=1e-4)
+        assert run.records[-1]["sites"][site]["loss"] == pytest.approx(told[site], rel=1e-5)
         kept = run.channel._sites[site].state.load("map")
         assert kept is not None
         torch.testing.assert_close(kept[0]["weight"], maps[site], rtol=1e-4, atol=1e-6)
-    for name, wanted in zip(NAMES[:2], companion, strict=True):
-        torch.testing.assert_close(run.state.groups["companion"][name], wanted, rtol=1e-4, atol=1e-6)
+    close(run.state.groups["companion"], companion, rtol=1e-4)
 
 
 def known_matrix(values: list[float], rows: int = 12, columns: int = 10) -> torch.Tensor:
@@ -144,22 +143,13 @@ def test_different_networks_train_and_are_tested_with_a_central_model(tmp_path: 
     run = trained(mixed_study("fedkd", models={"west": {"name": "mobilenet"}}), enlarged(), tmp_path)
     kept = [run.channel._sites[site].state.load("map") for site in ("north", "west")]
     assert [list(k[0]["weight"].shape) for k in kept if k] == [[6, 32], [1280, 32]]
-    settings, tensors = run.method.central(run.state)  # type: ignore[misc]
-    assert settings == run.study.method.companion
-    assert tensors.keys() == COMPANION
-    table = run.test()
-    assert set(table["sites"]) == set(table["central"]) == {"north", "south", "west"}
+    the_companion_is_tested_as_central(run)
 
 
 def test_a_site_that_drops_out(tmp_path: Path) -> None:
-    study = toy_study("fedkd", federation={"on_absent": "continue"})
-    run = prepared(study, sites(), tmp_path / "run")
-    failing(run, "west")
-    run.train()
-    others = {name: own for name, own in sites().items() if name != "west"}
-    alone = trained(study, others, tmp_path / "others")
+    run, alone = without_west("fedkd", tmp_path)
     assert same(run.state.groups["companion"], alone.state.groups["companion"])
-    none = prepared(study, sites(), tmp_path / "none")
+    none = prepared(run.study, sites(), tmp_path / "none")
     for site in sites():
         failing(none, site)
     with pytest.raises(SiteError, match=r"no site answered 'train' in round 1.*no power"):

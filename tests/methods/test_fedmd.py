@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from linear_by_hand import Weights, close, descended, public, scores, start, trained_alone
-from test_contract import _small_images
 from test_public_images import failing, opened, recorded
 from toy_proxies import MIXED
-from toys import IMAGES, deployed, sites, toy_study, trained
+from toys import IMAGES, deployed, enlarged, sites, toy_study, trained
 
 from polyclinic.errors import StudyError
 from polyclinic.federation.site import Site
@@ -60,9 +59,9 @@ def test_the_warm_up_teaches_the_body_public_classes_and_leaves_the_last_layer(t
         model={"name": "toy_proxies:wide"},
         data={"image": {"size": [8, 8]}},
     )
-    run = opened(study, tmp_path, _small_images(8))
+    run = opened(study, tmp_path, enlarged(8))
     site = run.channel._sites["north"]
-    site.round = 1
+    site.round, site.agreed = 1, site.own_proxies.digest
     inputs, labels = site.proxies.inputs(torch.arange(len(site.proxies))), site.proxies.labels
 
     def unexplained() -> float:

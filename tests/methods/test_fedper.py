@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_contract import CNN, _small_images
-from toys import deployed, sites, toy_study, trained, two_layers
+from test_contract import CNN
+from toys import deployed, enlarged, sites, toy_study, trained, two_layers
 
 from polyclinic.errors import StudyError
 from polyclinic.federation.message import Message
@@ -22,7 +22,7 @@ NAMES = ("1.weight", "1.bias", "2.weight", "2.bias")
 def test_the_head_is_never_sent_either_way_and_differs_between_sites(method: str, tmp_path: Path) -> None:
     study = toy_study(method, model=CNN, data={"image": {"size": [8, 8]}}, evaluation={"every": 1})
     RunFolder(tmp_path).create(study)
-    run = Run(study, _small_images(), RunFolder(tmp_path), Silent())
+    run = Run(study, enlarged(8), RunFolder(tmp_path), Silent())
     seen: set[str] = set()
     inner = run.channel.stream
 

@@ -5,54 +5,38 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from mixed_sites import (
-    MOBILE,
-    enlarged,
-    failing,
-    mixed_study,
-    multi_label,
-    passing,
-    pixels,
-    prepared,
-    shapes,
-    with_findings,
-)
+from linear_by_hand import close, leaves, own_images, scores, start, stepped
+from mixed_sites import MOBILE, mixed_study, multi_label, passing, prepared, shapes, with_findings, without_west
 from test_contract import same
-from toys import deployed, sites, toy_study, trained
+from toys import deployed, enlarged, sites, toy_study, trained
 
 from polyclinic.errors import StudyError
 from polyclinic.methods.fedproto import kept_where_missing, nearest_mean
-
-NAMES = ("1.weight", "1.bias", "2.weight", "2.bias")
 
 
 def test_two_rounds_by_hand(tmp_path: Path) -> None:
     """Linear body with three features and a head; one full-batch step a round; the means are over all sites' images."""
     data, lam = sites(), 0.7
     run = trained(toy_study({"name": "fedproto", "rounds": 2, "strength": lam, "floor": 1}), data, tmp_path)
-    start = [run.bench.initial[name] for name in NAMES]
-    ends = dict.fromkeys(data, start)
+    ends = dict.fromkeys(data, start(run))
     means = None
     for _ in range(2):
         features, labels = [], []
         for site, own in data.items():
-            values = [t.clone().requires_grad_() for t in ends[site]]
-            targets = own.labels("train")
-            hidden = pixels(own) @ values[0].T + values[1]
-            loss = F.cross_entropy(hidden @ values[2].T + values[3], targets)
+            at, (inputs, targets) = leaves(ends[site]), own_images(own)
+            hidden = scores(at[:2], inputs)
+            loss = F.cross_entropy(scores(at[2:], hidden), targets)
             if means is not None:
                 apart = [((h - means[int(y)]) ** 2).mean() for h, y in zip(hidden, targets, strict=True)]
                 loss = loss + lam * sum(apart) / len(apart)
-            gradients = torch.autograd.grad(loss, values)
-            ends[site] = [(t - 0.1 * g).detach() for t, g in zip(values, gradients, strict=True)]
-            features.append(pixels(own) @ ends[site][0].T + ends[site][1])
+            ends[site] = stepped(at, loss)
+            features.append(scores(ends[site][:2], inputs))
             labels.append(targets)
         every, kinds = torch.cat(features), torch.cat(labels)
         means = torch.stack([every[kinds == c].mean(0) for c in range(2)])
     torch.testing.assert_close(run.state.groups["prototypes"]["means"], means)
     for site in data:
-        for name, wanted in zip(NAMES, ends[site], strict=True):
-            torch.testing.assert_close(deployed(run, site)[name], wanted, rtol=1e-5, atol=1e-6)
+        close(deployed(run, site), ends[site])
 
 
 def test_what_passes(tmp_path: Path) -> None:
@@ -155,13 +139,8 @@ def test_the_last_mean_of_a_class_that_nobody_sent_is_kept() -> None:
 
 
 def test_a_site_that_drops_out(tmp_path: Path) -> None:
-    study = toy_study({"name": "fedproto", "floor": 1}, federation={"on_absent": "continue"})
-    run = prepared(study, sites(), tmp_path / "run")
-    failing(run, "west")
-    run.train()
+    run, alone = without_west({"name": "fedproto", "floor": 1}, tmp_path)
     assert all("no power" in record["absent"]["west"] for record in run.records)
-    others = {name: own for name, own in sites().items() if name != "west"}
-    alone = trained(study, others, tmp_path / "others")
     assert same(run.state.groups["prototypes"], alone.state.groups["prototypes"])
     assert same(deployed(run, "west"), dict(run.bench.initial))
 

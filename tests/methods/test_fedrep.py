@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_contract import CNN, _small_images
-from toys import deployed, sites, toy_study, trained
+from test_contract import CNN
+from toys import deployed, enlarged, sites, toy_study, trained
 
 from polyclinic.models.normalisation import running_statistics
 
@@ -49,7 +49,7 @@ def test_statistics_stand_still_while_the_head_is_trained(tmp_path: Path) -> Non
             data={"image": {"size": [8, 8]}},
             training={"steps": 1, "batch_size": 4},
         )
-        run = trained(study, _small_images(), tmp_path / str(steps))
+        run = trained(study, enlarged(8), tmp_path / str(steps))
         statistics = running_statistics(run.bench.model) & run.state.groups["model"].keys()
         found.append({name: run.state.groups["model"][name] for name in statistics})
         assert any(not torch.equal(found[-1][name], run.bench.initial[name]) for name in statistics)

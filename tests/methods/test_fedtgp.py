@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from mixed_sites import (
     MOBILE,
-    enlarged,
     failing,
     mixed_study,
     multi_label,
@@ -16,9 +15,10 @@ from mixed_sites import (
     prepared,
     shapes,
     with_findings,
+    without_west,
 )
 from test_contract import same
-from toys import deployed, sites, toy_study, trained
+from toys import deployed, enlarged, sites, toy_study, trained
 
 from polyclinic.errors import SiteError, StudyError
 from polyclinic.methods.fedtgp import FedTGPParams, PrototypeNetwork, fit_prototypes, largest_gap, margin_loss
@@ -127,18 +127,13 @@ def test_without_strength_it_is_local_training_bit_for_bit(tmp_path: Path) -> No
 
 
 def test_a_site_that_drops_out(tmp_path: Path) -> None:
-    study = toy_study({"name": "fedtgp", "floor": 1}, federation={"on_absent": "continue"})
-    run = prepared(study, sites(), tmp_path / "run")
-    failing(run, "west")
-    run.train()
-    others = {name: own for name, own in sites().items() if name != "west"}
-    alone = trained(study, others, tmp_path / "others")
+    run, alone = without_west({"name": "fedtgp", "floor": 1}, tmp_path)
     assert same(run.state.groups["prototypes"], alone.state.groups["prototypes"])
-    run = prepared(study, sites(), tmp_path / "none")
+    none = prepared(run.study, sites(), tmp_path / "none")
     for site in sites():
-        failing(run, site)
+        failing(none, site)
     with pytest.raises(SiteError, match=r"no site answered 'train' in round 1.*no power"):
-        run.train()
+        none.train()
 
 
 def test_different_networks_train_and_are_tested(tmp_path: Path) -> None:

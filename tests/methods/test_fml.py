@@ -6,22 +6,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from mixed_sites import enlarged, failing, mixed_study, multi_label, passing, pixels, prepared, shapes, with_findings
+from linear_by_hand import Weights, averaged, close, leaves, own_images, scores, start, stepped
+from mixed_sites import mixed_study, multi_label, passing, prepared, shapes, with_findings, without_west
 from test_contract import COMPANION, same
-from toys import deployed, sites, toy_study, trained
+from toys import deployed, enlarged, sites, toy_study, trained
 
 from polyclinic.errors import SiteError, StudyError
 from polyclinic.federation.site import Site
 from polyclinic.models.registry import start_model
+from polyclinic.runner import Run
 from polyclinic.transfer.companion import Companion, first_companion
 
-NAMES = ("1.weight", "1.bias", "2.weight", "2.bias")
 TWO_LAYERS = {"name": "toys:two_layers"}
 LINEAR = {"name": "toys:linear"}
-
-
-def own_answer(values: list[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-    return (inputs @ values[0].T + values[1]) @ values[2].T + values[3]
 
 
 def divergence(target: torch.Tensor, logits: torch.Tensor, findings: bool) -> torch.Tensor:
@@ -41,27 +38,25 @@ def test_two_rounds_by_hand(findings: bool, tmp_path: Path) -> None:
     settings = {"name": "fml", "rounds": 2, "companion": LINEAR, "alpha": alpha, "beta": beta}
     study = (multi_label if findings else toy_study)(settings, model=TWO_LAYERS)
     run = trained(study, data, tmp_path)
-    own = {site: [run.bench.initial[name] for name in NAMES] for site in data}
-    start = start_model(study, study.method.companion)
-    companion = [start[1].weight.detach(), start[1].bias.detach()]  # type: ignore[index]
-    images = {site: len(part.splits["train"]) for site, part in data.items()}
+    own = {site: start(run) for site in data}
+    companion = [tensor.detach() for tensor in start_model(study, study.method.companion).parameters()]
     task = F.binary_cross_entropy_with_logits if findings else F.cross_entropy
+    losses: dict[str, float] = {}
     for _ in range(2):
-        ends: dict[str, list[torch.Tensor]] = {}
+        ends: dict[str, Weights] = {}
         for site, part in data.items():
-            w, m = ([t.clone().requires_grad_() for t in values] for values in (own[site], companion))
-            inputs, targets = pixels(part), part.labels("train")
-            z, y = own_answer(w, inputs), inputs @ m[0].T + m[1]
+            w, m = leaves(own[site]), leaves(companion)
+            inputs, targets = own_images(part)
+            z, y = scores(w, inputs), scores(m, inputs)
             own_loss = alpha * task(z, targets) + (1 - alpha) * divergence(y, z, findings)
             its_loss = beta * task(y, targets) + (1 - beta) * divergence(z, y, findings)
-            own[site] = [(t - 0.1 * g).detach() for t, g in zip(w, torch.autograd.grad(own_loss, w), strict=True)]
-            ends[site] = [(t - 0.1 * g).detach() for t, g in zip(m, torch.autograd.grad(its_loss, m), strict=True)]
-        companion = [sum(images[s] * ends[s][i] for s in data) / sum(images.values()) for i in range(2)]  # type: ignore[misc]
+            own[site], ends[site] = stepped(w, own_loss), stepped(m, its_loss)
+            losses[site] = task(z, targets).item()
+        companion = averaged(ends)
     for site in data:
-        for name, wanted in zip(NAMES, own[site], strict=True):
-            torch.testing.assert_close(deployed(run, site)[name], wanted, rtol=1e-5, atol=1e-6)
-    for name, wanted in zip(NAMES[:2], companion, strict=True):
-        torch.testing.assert_close(run.state.groups["companion"][name], wanted, rtol=1e-5, atol=1e-6)
+        close(deployed(run, site), own[site])
+        assert run.records[-1]["sites"][site]["loss"] == pytest.approx(losses[site], rel=1e-5)
+    close(run.state.groups["companion"], companion)
 
 
 def test_what_passes(tmp_path: Path) -> None:
@@ -107,6 +102,10 @@ def test_a_companion_that_learns_from_labels_alone_is_fedavg_bit_for_bit(tmp_pat
 
 def test_different_networks_train_and_are_tested_with_a_central_model(tmp_path: Path) -> None:
     run = trained(mixed_study("fml", models={"west": {"name": "mobilenet"}}), enlarged(), tmp_path)
+    the_companion_is_tested_as_central(run)
+
+
+def the_companion_is_tested_as_central(run: Run) -> None:
     settings, tensors = run.method.central(run.state)  # type: ignore[misc]
     assert settings == run.study.method.companion
     assert tensors.keys() == COMPANION
@@ -115,12 +114,7 @@ def test_different_networks_train_and_are_tested_with_a_central_model(tmp_path: 
 
 
 def test_a_site_that_drops_out(tmp_path: Path) -> None:
-    study = toy_study("fml", federation={"on_absent": "continue"})
-    run = prepared(study, sites(), tmp_path / "run")
-    failing(run, "west")
-    run.train()
-    others = {name: own for name, own in sites().items() if name != "west"}
-    alone = trained(study, others, tmp_path / "others")
+    run, alone = without_west("fml", tmp_path)
     assert same(run.state.groups["companion"], alone.state.groups["companion"])
     assert same(deployed(run, "west"), dict(run.bench.initial))
 

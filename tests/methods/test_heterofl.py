@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from mixed_sites import MOBILE, enlarged, failing, multi_label, passing, prepared, shapes, with_findings
+from mixed_sites import MOBILE, failing, multi_label, passing, prepared, shapes, with_findings
 from test_contract import same
 from torch import nn
-from toys import deployed, toy_study, trained
+from toys import IMAGES, deployed, enlarged, sites, toy_study, trained
 
+from polyclinic.data.dataset import SiteData
 from polyclinic.errors import StudyError
 from polyclinic.methods.heterofl import check_block, masked
 from polyclinic.models.normalisation import norm_layer
@@ -86,8 +88,9 @@ def test_what_passes(tmp_path: Path) -> None:
         assert sent["model/blocks.0.weight"] == [width, 1, 3, 3]
         assert sent["model/blocks.9.weight"] == [4 * width, 4 * width, 3, 3]
         assert sent["model/head.weight"] == [2, 4 * width]
-        assert shapes(up) == {name.replace("model/", "update/"): shape for name, shape in sent.items()}
-        assert set(up.scalars) == {"loss", "weight/update"}
+        update = {name.replace("model/", "update/"): shape for name, shape in sent.items()}
+        assert shapes(up) == {**update, "classes/held": [2]}
+        assert set(up.scalars) == {"loss", "weight/update", "weight/classes"}
         assert not down.scalars
 
 
@@ -140,6 +143,71 @@ def test_a_class_that_a_site_lacks_is_not_trained_away_there(tmp_path: Path) -> 
     assert not torch.equal(run.state.groups["model"]["head.weight"][1], start[1])
     plain = trained(widths_study({"masked": False}, **sections), enlarged(16), tmp_path / "plain")
     assert not torch.equal(plain.state.groups["model"]["head.weight"][2], start[2])
+
+
+OF_SITES = {"north": (0, 1), "south": (1, 2), "west": (2, 1)}
+"""Which two of four classes each site has; nobody has the last."""
+FOUR = {"task": {"classes": ["a", "b", "c", "d"]}, "training": {"weight_decay": 0.5}}
+
+
+def with_four_classes(data: dict[str, SiteData]) -> dict[str, SiteData]:
+    """The sites with other labels of their two kinds of images."""
+    made = {}
+    for site, own in data.items():
+        targets = torch.tensor(OF_SITES[site])[own.targets]
+        cases = [replace(case, label="abcd"[int(y)]) for case, y in zip(own.cases, targets, strict=True)]
+        made[site] = SiteData(site, cases, own.images, targets, own.splits)
+    return made
+
+
+def stepped_where_masked(study: Study, site: str, model: dict[str, torch.Tensor], data: Any) -> dict[str, torch.Tensor]:
+    """As ``stepped``, with the site's other logits zero and weight decay."""
+    network = start_model(study, study.model_of(site))
+    own = dict(network.named_parameters())
+    load_tensors(network, {name: block(model[name], p) for name, p in own.items()})
+    train = data.splits["train"]
+    logits = network(data.inputs(train)) * torch.tensor([float(c in OF_SITES[site]) for c in range(4)])
+    gradients = torch.autograd.grad(F.cross_entropy(logits, data.targets[train]), list(own.values()))
+    return {name: (p - 0.1 * (g + 0.5 * p)).detach() for (name, p), g in zip(own.items(), gradients, strict=True)}
+
+
+@pytest.mark.parametrize("aggregation", ["plain", "masked", "several networks"])
+def test_rows_of_the_last_layer_are_averaged_over_the_sites_that_have_their_class(
+    aggregation: str, tmp_path: Path
+) -> None:
+    """By hand, a row: class a is north's alone, b is everybody's, c that of south and west, d nobody's."""
+    if aggregation == "several networks":
+        data, study = with_four_classes(enlarged(16)), widths_study({"rounds": 1}, **FOUR)
+        names = "head.weight", "head.bias"
+    else:
+        data = with_four_classes(sites())
+        study = toy_study({"name": "heterofl", "rounds": 2}, aggregation=aggregation, **FOUR)
+        names = "1.weight", "1.bias"
+    run = trained(study, data, tmp_path)
+    model = dict(start_model(study).state_dict())
+    for _ in range(study.method.rounds):
+        ends = {site: stepped_where_masked(study, site, model, own) for site, own in data.items()}
+        new = {name: model[name].clone() for name in names}
+        for name in names:
+            for c, *at in np.ndindex(*model[name].shape):
+                there = [s for s, end in ends.items() if all(map(operator.lt, (c, *at), end[name].shape))]
+                holders = [s for s in there if c in OF_SITES[s]]
+                if holders:
+                    moved = sum(IMAGES[s] * ends[s][name][(c, *at)] for s in holders)
+                    new[name][(c, *at)] = moved / sum(IMAGES[s] for s in holders)
+        model = {**model, **new}
+    # Hidden sums are of fixed-point numbers.
+    tolerance = {"rtol": 0, "atol": 3e-4} if aggregation == "masked" else {"rtol": 1e-5, "atol": 1e-6}
+    for name in names:
+        torch.testing.assert_close(run.state.groups["model"][name], model[name], **tolerance)
+        assert torch.equal(run.state.groups["model"][name][3], start_model(study).state_dict()[name][3])
+
+
+def test_without_masks_which_classes_a_site_has_is_not_sent(tmp_path: Path) -> None:
+    run = prepared(widths_study({"masked": False, "rounds": 1}, **FOUR), with_four_classes(enlarged(16)), tmp_path)
+    seen = passing(run)
+    run.train()
+    assert all(up.groups() == ["update"] and set(up.scalars) == {"loss", "weight/update"} for _, _, up in seen)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "instance"])

@@ -5,47 +5,29 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from mixed_sites import (
-    MOBILE,
-    enlarged,
-    failing,
-    mixed_study,
-    multi_label,
-    passing,
-    pixels,
-    prepared,
-    shapes,
-    with_findings,
-)
+from linear_by_hand import averaged, close, leaves, own_images, scores, start, stepped, trained_alone
+from mixed_sites import MOBILE, mixed_study, multi_label, passing, prepared, shapes, with_findings, without_west
 from test_contract import same
 from torch import nn
-from toys import deployed, sites, toy_study, trained
+from toys import deployed, enlarged, sites, toy_study, trained
 
 from polyclinic.errors import StudyError
 from polyclinic.methods.lg_fedavg import equal_heads, head_names
-
-NAMES = ("1.weight", "1.bias", "2.weight", "2.bias")
 
 
 def test_two_rounds_by_hand(tmp_path: Path) -> None:
     """Every site makes one full-batch step of both layers; only the last layer is averaged, by images."""
     data = sites()
     run = trained(toy_study({"name": "lg-fedavg", "rounds": 2}), data, tmp_path)
-    start = [run.bench.initial[name] for name in NAMES]
-    bodies, head = dict.fromkeys(data, start[:2]), start[2:]
-    images = {site: len(own.splits["train"]) for site, own in data.items()}
+    bodies, head = dict.fromkeys(data, start(run)[:2]), start(run)[2:]
     for _ in range(2):
         ends = {}
         for site, own in data.items():
-            values = [t.clone().requires_grad_() for t in (*bodies[site], *head)]
-            hidden = pixels(own) @ values[0].T + values[1]
-            loss = F.cross_entropy(hidden @ values[2].T + values[3], own.labels("train"))
-            moved = [(t - 0.1 * g).detach() for t, g in zip(values, torch.autograd.grad(loss, values), strict=True)]
+            moved = trained_alone([*bodies[site], *head], own)
             bodies[site], ends[site] = moved[:2], moved[2:]
-        head = [sum(images[s] * ends[s][i] for s in data) / sum(images.values()) for i in range(2)]
+        head = averaged(ends)
     for site in data:
-        for name, wanted in zip(NAMES, (*bodies[site], *head), strict=True):
-            torch.testing.assert_close(deployed(run, site)[name], wanted, rtol=1e-5, atol=1e-6)
+        close(deployed(run, site), [*bodies[site], *head])
 
 
 def test_what_passes(tmp_path: Path) -> None:
@@ -65,9 +47,9 @@ def test_different_networks_share_the_last_layer_alone(tmp_path: Path) -> None:
     run = trained(mixed_study({"name": "lg-fedavg", "rounds": 2}), enlarged(), tmp_path)
     north, south, west = (deployed(run, site) for site in ("north", "south", "west"))
     for name in north:
-        assert torch.equal(north[name], south[name]) == name.startswith("head.2."), name
-    assert torch.equal(north["head.2.weight"], west["classifier.1.2.weight"])
-    assert torch.equal(north["head.2.bias"], west["classifier.1.2.bias"])
+        assert torch.equal(north[name], south[name]) == name.startswith("head.1."), name
+    assert torch.equal(north["head.1.weight"], west["classifier.1.1.weight"])
+    assert torch.equal(north["head.1.bias"], west["classifier.1.1.bias"])
     assert set(run.test()["sites"]) == {"north", "south", "west"}
 
 
@@ -81,12 +63,7 @@ def test_alone_it_is_local_training_up_to_the_rounding_of_an_update(tmp_path: Pa
 
 
 def test_a_site_that_drops_out_uses_the_averaged_layer_on_its_last_body(tmp_path: Path) -> None:
-    study = toy_study("lg-fedavg", federation={"on_absent": "continue"})
-    run = prepared(study, sites(), tmp_path / "run")
-    failing(run, "west")
-    run.train()
-    others = {name: own for name, own in sites().items() if name != "west"}
-    alone = trained(study, others, tmp_path / "others")
+    run, alone = without_west("lg-fedavg", tmp_path)
     assert same(run.state.groups["head"], alone.state.groups["head"])
     assert torch.equal(deployed(run, "west")["2.weight"], run.state.groups["head"]["weight"])
     assert torch.equal(deployed(run, "west")["1.weight"], run.bench.initial["1.weight"])
@@ -96,16 +73,11 @@ def test_findings_by_hand(tmp_path: Path) -> None:
     data = with_findings()
     study = multi_label({"name": "lg-fedavg", "rounds": 1})
     run = trained(study, data, tmp_path)
-    start = [run.bench.initial[name] for name in NAMES]
-    images = {site: len(own.splits["train"]) for site, own in data.items()}
-    head = [torch.zeros_like(t) for t in start[2:]]
+    ends = {}
     for site, own in data.items():
-        values = [t.clone().requires_grad_() for t in start]
-        logits = (pixels(own) @ values[0].T + values[1]) @ values[2].T + values[3]
-        slopes = torch.autograd.grad(F.binary_cross_entropy_with_logits(logits, own.labels("train")), values)
-        share = images[site] / sum(images.values())
-        head = [h + share * (t - 0.1 * g) for h, t, g in zip(head, start[2:], slopes[2:], strict=True)]
-    for name, wanted in zip(("weight", "bias"), head, strict=True):
+        at, (inputs, targets) = leaves(start(run)), own_images(own)
+        ends[site] = stepped(at, F.binary_cross_entropy_with_logits(scores(at, inputs), targets))[2:]
+    for name, wanted in zip(("weight", "bias"), averaged(ends), strict=True):
         torch.testing.assert_close(run.state.groups["head"][name], wanted, rtol=1e-5, atol=1e-6)
 
 

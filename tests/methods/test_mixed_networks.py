@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_contract import same
 from toy_proxies import MIXED, toy_proxies
-from toys import deployed, site_data, sites, toy_study, trained
+from toys import deployed, enlarged, resumed, site_data, toy_study, trained
 
 from polyclinic.data.dataset import SiteData
 from polyclinic.errors import DataError, RunError, SiteError, StudyError
@@ -24,19 +25,11 @@ from polyclinic.models.registry import start_model
 from polyclinic.prediction import load_model, predict_files
 from polyclinic.report import write_report
 from polyclinic.results import RunFolder
-from polyclinic.runner import Run, Silent, run_one
+from polyclinic.runner import run_one
 from polyclinic.study import ModelSettings, Study
 
 GROUP = {"name": "small-cnn", "width": 4, "norm": "group"}
 BATCH = {"name": "small-cnn", "width": 4}
-
-
-def large() -> dict[str, SiteData]:
-    """The toy sites with images of 8 x 8, which networks with strides can see."""
-    data = sites()
-    for own in data.values():
-        own._blocks = (torch.nn.functional.interpolate(own.images, size=(8, 8)),)
-    return data
 
 
 def study(method: Any = "local", **sections: Any) -> Study:
@@ -44,52 +37,35 @@ def study(method: Any = "local", **sections: Any) -> Study:
     return toy_study(method, **{**usual, **sections})
 
 
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
-
-
 def test_each_site_trains_as_if_all_had_its_network(tmp_path: Path) -> None:
-    mixed = trained(study(), large(), tmp_path / "mixed")
+    mixed = trained(study(), enlarged(8), tmp_path / "mixed")
     for name in ("north", "south", "west"):
         settings = study().model_of(name)
-        alike = trained(study(model=settings.model_dump(), models={}), large(), tmp_path / name)
+        alike = trained(study(model=settings.model_dump(), models={}), enlarged(8), tmp_path / name)
         assert same(deployed(mixed, name), deployed(alike, name))
         assert not same(deployed(mixed, name), dict(mixed.method.networks.of_site(name).initial))
 
 
 @pytest.mark.parametrize("method", ["local", "fedavg", "ditto"])
 def test_models_that_are_all_the_studys_change_nothing(method: str, tmp_path: Path) -> None:
-    plain = trained(study(method, models={}), large(), tmp_path / "plain")
-    named = trained(study(method, models={"north": GROUP, "west": GROUP}), large(), tmp_path / "named")
+    plain = trained(study(method, models={}), enlarged(8), tmp_path / "plain")
+    named = trained(study(method, models={"north": GROUP, "west": GROUP}), enlarged(8), tmp_path / "named")
     for name in plain.channel.sites:
         assert same(deployed(plain, name), deployed(named, name))
     assert named.method.networks.of_site("north") is named.bench
 
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    whole = trained(study(), large(), tmp_path / "whole")
-    folder = RunFolder(tmp_path / "parts")
-    folder.create(study())
-
-    class EnoughError(Exception):
-        pass
-
-    class Stopper(Silent):
-        def round_finished(self, record: Any) -> None:
-            raise EnoughError
-
-    with pytest.raises(EnoughError):
-        Run(study(), large(), folder, Stopper()).train()
-    resumed = Run(study(), large(), folder, Silent())
-    resumed.train()
-    assert resumed.state.finished == 3
-    assert all(same(deployed(whole, name), deployed(resumed, name)) for name in whole.channel.sites)
+    whole = trained(study(), enlarged(8), tmp_path / "whole")
+    again = resumed(study(), enlarged(8), tmp_path / "parts")
+    assert again.state.finished == 3
+    assert all(same(deployed(whole, name), deployed(again, name)) for name in whole.channel.sites)
 
 
 def test_a_site_that_is_not_there_is_refused_before_training(tmp_path: Path) -> None:
     wrong = study(models={**MIXED, "nort": MIXED["north"]})
     with pytest.raises(DataError, match=r"models\.nort: .* Did you mean 'north'"):
-        trained(wrong, large(), tmp_path)
+        trained(wrong, enlarged(8), tmp_path)
 
 
 class Picky(Local):
@@ -102,13 +78,13 @@ class Picky(Local):
 def test_a_method_is_shown_every_sites_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "local", "test_mixed_networks:Picky")
     with pytest.raises(StudyError, match="saw north Tapped, south Tapped, west SmallCNN"):
-        trained(study(), large(), tmp_path)
+        trained(study(), enlarged(8), tmp_path)
 
 
 def finished(run_study: Study, folder: Path) -> tuple[dict[str, Any], Path]:
     opened = RunFolder(folder)
     opened.create(run_study)
-    return run_one(run_study, large(), opened), folder
+    return run_one(run_study, enlarged(8), opened), folder
 
 
 def test_results_name_each_sites_network(tmp_path: Path) -> None:
@@ -174,7 +150,7 @@ def test_the_servers_model_is_saved_and_tested_at_every_site(
     run_study = study(model=model)
     metrics, folder = finished(run_study, tmp_path / "run")
     assert metrics["central_model"]["name"] == "small-cnn"
-    for name, data in large().items():
+    for name, data in enlarged(8).items():
         network = start_model(run_study)
         if model is BATCH:
             _statistics_by_hand(network, data)
@@ -263,7 +239,7 @@ def _fields(case: Any) -> dict[str, Any]:
 
 def test_a_message_of_the_central_test_names_its_network_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "local", "test_mixed_networks:WithCentral")
-    run = trained(study(), large(), tmp_path)
+    run = trained(study(), enlarged(8), tmp_path)
     seen: list[Message] = []
     handler = run.channel._sites["north"]._ops[OP]
     spied = type(handler)(lambda site, message: (seen.append(message), handler.run(site, message))[1], handler.leaves)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_contract import same
 from torch import Tensor
 from toy_proxies import CLASSES, MIXED, PER_CLASS
-from toys import IMAGES, deployed, public_images, sites, toy_study, trained
+from toys import IMAGES, deployed, enlarged, public_images, resumed, sites, toy_study, trained
 
 from polyclinic.data.proxies import load_proxies
 from polyclinic.errors import DataError, SiteError, StudyError
 from polyclinic.federation.message import Message
+from polyclinic.federation.site import Op, Site
 from polyclinic.federation.state import ServerState
+from polyclinic.methods.natimg_fl import NatIMGFL
 from polyclinic.models.last_layer import last_layer
 from polyclinic.models.normalisation import running_statistics
 from polyclinic.models.taps import features, tapped
@@ -25,6 +30,9 @@ from polyclinic.results import RunFolder
 from polyclinic.runner import Run, Silent
 from polyclinic.study import Study, validate_study
 from polyclinic.transfer.public_batches import PublicBatches
+from polyclinic.transfer.site_lessons import SiteLessons
+from polyclinic.transfer.teachers import NetworkTeacher, Shape, VectorTeacher, vectors
+from polyclinic.transfer.wire import halved
 
 NARROW = {"name": "toy_proxies:narrow"}
 ZERO = {"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "eta": 0.0}
@@ -40,17 +48,6 @@ def study(settings: dict[str, Any] | None = None, **sections: Any) -> Study:
     """Three sites with three networks, unless ``sections`` say otherwise."""
     given = {"name": "natimg-fl", "server_steps": 3, "q": 2, **(settings or {})}
     return toy_study(given, **{"training": {"batch_size": 4}, "model": NARROW, "models": MIXED, **sections})
-
-
-def sized(size: int = 16) -> dict[str, Any]:
-    data = sites()
-    for own in data.values():
-        own._blocks = (F.interpolate(own.images, size=(size, size)),)
-    return data
-
-
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
 def watched(wanted: Study, data: dict[str, Any], folder: Path) -> tuple[Run, list[tuple[int, str, Message, Message]]]:
@@ -76,7 +73,7 @@ def watched(wanted: Study, data: dict[str, Any], folder: Path) -> tuple[Run, lis
 def test_without_its_terms_it_is_local_training_bit_for_bit(
     weights: str, sections: dict[str, Any], tmp_path: Path
 ) -> None:
-    data = sized() if sections else sites()
+    data = enlarged(16) if sections else sites()
     common = {"model": NARROW, "models": MIXED, "training": {"batch_size": 4}, **sections}
     alone = trained(toy_study("local", **common), data, tmp_path / "local")
     run = trained(study({**ZERO, "weights": weights, "t_warm": 1}, **sections), data, tmp_path / "ours")
@@ -95,7 +92,7 @@ def test_with_one_term_it_is_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sections", [{}, BATCH_NORM], ids=["plain", "batch norm"])
 def test_networks_travel_in_sixteen_bits_and_nothing_else(sections: dict[str, Any], tmp_path: Path) -> None:
-    data = sized() if sections else sites()
+    data = enlarged(16) if sections else sites()
     run, seen = watched(study({"weights": "learned"}, **sections), data, tmp_path)
     assert {(number, site) for number, site, _, _ in seen} == {(n, s) for n in (1, 2, 3) for s in IMAGES}
     for number, site, down, up in seen:
@@ -106,7 +103,7 @@ def test_networks_travel_in_sixteen_bits_and_nothing_else(sections: dict[str, An
         assert up.groups() == ["network"]
         assert up.scalars.keys() == {"loss", "weight/network"}
         assert up.scalars["weight/network"] == IMAGES[site]
-        assert not down.scalars
+        assert down.scalars == ({"taught": True} if number >= 2 else {})
         central = run.method.central(run.state)
         assert central is not None
         wanted = {name: (t.shape, torch.float16) for name, t in central[1].items()} if number >= 2 else {}
@@ -120,7 +117,7 @@ def test_networks_travel_in_sixteen_bits_and_nothing_else(sections: dict[str, An
 
 
 def test_statistics_of_patients_images_never_leave(tmp_path: Path) -> None:
-    run, seen = watched(study({}, **BATCH_NORM), sized(), tmp_path)
+    run, seen = watched(study({}, **BATCH_NORM), enlarged(16), tmp_path)
     for site in IMAGES:
         own = deployed(run, site)
         names = [n for n in running_statistics(run.channel._sites[site].model) if not n.endswith("num_batches_tracked")]
@@ -137,7 +134,7 @@ def test_statistics_of_natural_images_are_there_before_they_are_needed(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     # In the first rounds nothing may have shown natural images to the site's network.
-    run = trained(study({"alpha": 0.0, "gamma": 0.0, **settings}, **BATCH_NORM), sized(), tmp_path)
+    run = trained(study({"alpha": 0.0, "gamma": 0.0, **settings}, **BATCH_NORM), enlarged(16), tmp_path)
     site = run.channel._sites["south"]
     kept = site.state.load("pupil")
     assert kept is not None
@@ -160,6 +157,7 @@ def test_with_vectors_no_weight_leaves_a_site(subset: int | None, tmp_path: Path
         assert {name: tuple(t.shape) for name, t in down.arrays.items()} == wanted
         assert all(t.dtype == torch.float16 for t in (*up.arrays.values(), *down.arrays.values()))
         assert up.scalars.keys() == {"loss", "weight/network"}
+        assert down.scalars == ({"taught": True} if number >= 2 else {})
     if subset:
         rounds = [run.method.drawn(proxies, number).tolist() for number in (1, 2)]  # type: ignore[attr-defined]
         assert rounds[0] != rounds[1]
@@ -216,10 +214,8 @@ def softened(ours: Tensor, theirs: Tensor) -> Tensor:
     return 9 * F.kl_div((ours / 3).log_softmax(1), (theirs / 3).softmax(1), reduction="batchmean")
 
 
-def test_one_step_of_a_site_is_its_loss_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Full batches, plain gradient descent: each round is one step.
-    given = {"gamma": 0.0, "rounds": 2, "server_steps": 0, "eta_server": 1.0, "alpha": 0.6, "alpha_end": 0.5}
-    wanted = study({**given, "server_steps": 1}, training={"batch_size": 1000, "lr": 0.1})
+def noted_draws(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """A list that gets the positions of every batch of natural images from now on."""
     drawn: list[Tensor] = []
     draw = PublicBatches.draw
 
@@ -229,6 +225,14 @@ def test_one_step_of_a_site_is_its_loss_written_out(tmp_path: Path, monkeypatch:
         return batch
 
     monkeypatch.setattr(PublicBatches, "draw", noted)
+    return drawn
+
+
+def test_one_step_of_a_site_is_its_loss_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Full batches, plain gradient descent: each round is one step.
+    given = {"gamma": 0.0, "rounds": 2, "server_steps": 0, "eta_server": 1.0, "alpha": 0.6, "alpha_end": 0.5}
+    wanted = study({**given, "server_steps": 1}, training={"batch_size": 1000, "lr": 0.1})
+    drawn = noted_draws(monkeypatch)
     folder = tmp_path / "run"
     before: dict[str, Any] = {}
 
@@ -284,15 +288,7 @@ def _start_of_regressors(
 def test_the_central_model_learns_from_the_weighted_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # With soft outputs alone (no steps on natural classes possible to leave out): the gradient of the last layer.
     wanted = study({"beta_server": 0.0, "rounds": 1, "server_steps": 1}, training={"batch_size": 6, "lr": 0.1})
-    drawn: list[Tensor] = []
-    draw = PublicBatches.draw
-
-    def noted(self: PublicBatches, count: int) -> Any:
-        batch = draw(self, count)
-        drawn.append(batch.positions)
-        return batch
-
-    monkeypatch.setattr(PublicBatches, "draw", noted)
+    drawn = noted_draws(monkeypatch)
     run, seen = watched(wanted, sites(), tmp_path)
     model = run.method.networks.of(wanted.model, "central").model
     central = run.state.groups["central"]
@@ -312,10 +308,6 @@ def test_the_central_model_learns_from_the_weighted_mixture(tmp_path: Path, monk
     torch.testing.assert_close(central[f"{name}.weight"], leaf.detach() - 0.1 * slope, rtol=1e-4, atol=1e-7)
 
 
-class EnoughError(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -328,31 +320,19 @@ class EnoughError(Exception):
 def test_a_killed_run_goes_on_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> None:
     sections = {**BATCH_NORM, "training": {"batch_size": 4, "optimizer": "adam", "lr": 1e-3}}
     wanted = study({**settings, "q": 1, "t_warm": 1, "rounds": 2}, **sections)
-    whole = trained(wanted, sized(), tmp_path / "whole")
-
-    class Stopper(Silent):
-        def round_finished(self, record: Any) -> None:
-            if record["round"] == 1:
-                raise EnoughError
-
-    folder = RunFolder(tmp_path / "parts")
-    folder.create(wanted)
-    with pytest.raises(EnoughError):
-        Run(wanted, sized(), folder, Stopper()).train()
-    resumed = Run(wanted, sized(), folder, Silent())
-    assert resumed.state.finished == 1
-    resumed.train()
+    whole = trained(wanted, enlarged(16), tmp_path / "whole")
+    again = resumed(wanted, enlarged(16), tmp_path / "parts")
     for group, tensors in whole.state.groups.items():
-        assert same(tensors, resumed.state.groups[group]), group
-    assert whole.state.scalars == resumed.state.scalars
+        assert same(tensors, again.state.groups[group]), group
+    assert whole.state.scalars == again.state.scalars
     for site in IMAGES:
-        assert same(deployed(whole, site), deployed(resumed, site))
-        ours, theirs = (run.channel._sites[site].state.load("pupil") for run in (whole, resumed))
+        assert same(deployed(whole, site), deployed(again, site))
+        ours, theirs = (run.channel._sites[site].state.load("pupil") for run in (whole, again))
         assert ours is not None
         assert theirs is not None
         assert same(ours[0], theirs[0])
         assert ours[1] == theirs[1]
-    told = [(run.folder.path / "transfer" / "north.json").read_text() for run in (whole, resumed)]
+    told = [(run.folder.path / "transfer" / "north.json").read_text() for run in (whole, again)]
     assert told[0] == told[1]
 
 
@@ -394,24 +374,178 @@ def test_a_site_that_is_absent_for_a_round_comes_back(tmp_path: Path) -> None:
     assert not same(of("north", 2), of("north", 3))
 
 
-def test_where_nobody_answers_the_central_model_learns_natural_images_alone(tmp_path: Path) -> None:
-    wanted = study({"rounds": 2}, federation={"on_absent": "continue"})
-    RunFolder(tmp_path).create(wanted)
-    run = Run(wanted, sites(), RunFolder(tmp_path), Silent())
-
-    def never(own: Any, message: Message) -> Message:
-        if own.round == 1:
-            raise SiteError("closed")
-        return run.method.ops()["train"].run(own, message)
-
+def made(wanted: Study, folder: Path, change: Callable[[Site, Message], Message], size: int = 0) -> Run:
+    """A run whose sites' answers to ``train`` pass through ``change``."""
+    RunFolder(folder).create(wanted)
+    run = Run(wanted, enlarged(size) if size else sites(), RunFolder(folder), Silent())
     for site in run.channel._sites.values():
         op = site._ops["train"]
-        site._ops = {**site._ops, "train": type(op)(never, op.leaves)}
+
+        def altered(own: Site, message: Message, op: Op = op) -> Message:
+            return change(own, op.run(own, message))
+
+        site._ops = {**site._ops, "train": Op(altered, op.leaves)}
+    return run
+
+
+@pytest.mark.parametrize("direction", ["both", "to-sites"])
+def test_a_round_in_which_nobody_answers_ends_the_run(direction: str, tmp_path: Path) -> None:
+    def closed(own: Site, reply: Message) -> Message:
+        if own.round == 2:
+            raise SiteError(f"{own.name} is closed")
+        return reply
+
+    run = made(study({"direction": direction}, federation={"on_absent": "continue"}), tmp_path, closed)
+    with pytest.raises(SiteError, match="no site answered 'train' in round 2 .*north is closed.*west is closed"):
+        run.train()
+    assert run.state.finished == 1
+
+
+def test_soft_outputs_wait_until_the_central_model_was_taught(tmp_path: Path) -> None:
+    """Round 1 is over, but no answer weighed anything."""
+    told: dict[int, set[Any]] = {}
+
+    def unweighed(own: Site, reply: Message) -> Message:
+        found = own.state.load("pupil")
+        assert found is not None
+        told.setdefault(own.round, set()).add("soft" in json.loads(str(found[1]["history"]))[-1])
+        return Message(reply.arrays, {**reply.scalars, "weight/network": 0.0 if own.round == 1 else 1.0})
+
+    run = made(study(), tmp_path, unweighed)
+    sent: dict[int, set[Any]] = {}
+    stream = run.channel.stream
+
+    def listening(op: str, messages: dict[str, Message]) -> Iterator[tuple[str, Message]]:
+        if op == "train":
+            sent[run.channel.round] = {message.scalars.get("taught") for message in messages.values()}
+            assert (run.method.central(run.state) is None) == (run.channel.round < 3)
+        return stream(op, messages)
+
+    run.channel.stream = listening  # type: ignore[method-assign]
     run.train()
+    assert sent == {1: {None}, 2: {False}, 3: {True}}
+    assert told == {1: {False}, 2: {False}, 3: {True}}
+    assert ServerState.load(run.folder.checkpoint).scalars["taught"] is True
+
+
+def spoilt(reply: Message, how: str, name: str) -> Message:
+    """An answer with one thing wrong."""
+    arrays, scalars = dict(reply.arrays), dict(reply.scalars)
+    if how == "missing":
+        del arrays[name]
+    elif how == "more":
+        arrays["network/stranger"] = torch.zeros(1)
+    elif how == "shape":
+        arrays[name] = arrays[name].flatten()[:2]
+    elif how == "not finite":
+        arrays[name] = arrays[name].clone()
+        arrays[name].view(-1)[0] = float("nan")
+    else:
+        scalars["weight/network"] = float(how)
+    return Message(arrays, scalars)
+
+
+@pytest.mark.parametrize("on_absent", ["stop", "continue"])
+@pytest.mark.parametrize(
+    ("transport", "how", "words"),
+    [
+        ("weights", "missing", "sent network/0.bias not at all; it was to be sent with shape \\(3,\\)"),
+        ("weights", "more", "sent network/stranger with shape \\(1,\\); it was to be sent not at all"),
+        ("weights", "shape", "sent network/0.bias with shape \\(2,\\)"),
+        ("weights", "not finite", "sent network/0.bias with numbers that are not finite"),
+        ("weights", "-1", "gave 'network' the weight -1.0"),
+        ("weights", "inf", "gave 'network' the weight inf"),
+        ("vectors", "missing", "sent network/logits not at all"),
+        ("vectors", "shape", "sent network/logits with shape"),
+        ("vectors", "not finite", "sent network/logits with numbers that are not finite"),
+    ],
+)
+def test_an_answer_that_cannot_be_used_is_none(
+    transport: str, how: str, words: str, on_absent: str, tmp_path: Path
+) -> None:
+    name = "network/logits" if transport == "vectors" else "network/0.bias"
+
+    def bad(own: Site, reply: Message) -> Message:
+        return spoilt(reply, how, name) if (own.name, own.round) == ("south", 1) else reply
+
+    wanted = study({"transport": transport, "rounds": 2}, federation={"on_absent": on_absent})
+    run = made(wanted, tmp_path, bad)
+    if on_absent == "stop":
+        with pytest.raises(SiteError, match=f"site 'south' {words}"):
+            run.train()
+        return
+    run.train()
+    assert re.search(f"site 'south' {words}", run.records[0]["absent"]["south"])
     first, second = run.method.records(run.state)["rounds"]
-    assert "natural" in first
-    assert "matching" not in first
-    assert "matching" in second
+    assert first["matching"] > 0
+    assert all(bool(tensor.isfinite().all()) for tensor in run.state.groups["central"].values())
+    assert not run.records[1]["absent"]
+    assert second["matching"] > 0
+
+
+def test_a_site_that_fails_after_training_keeps_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a network without its statistics, nor the other way round."""
+    catch_up, failing = SiteLessons.catch_up, {"north": 1}
+
+    def fails(self: SiteLessons) -> None:
+        if failing.get(self.site.name) == self.site.round:
+            raise OSError("no memory")
+        catch_up(self)
+
+    monkeypatch.setattr(SiteLessons, "catch_up", fails)
+    wanted = study({"rounds": 1}, federation={"on_absent": "continue"}, **BATCH_NORM)
+    run = made(wanted, tmp_path, lambda own, reply: reply, size=16)
+    run.train()
+    assert "no memory" in run.records[0]["absent"]["north"]
+    for name, kept in {"north": False, "south": True}.items():
+        state = run.channel._sites[name].state
+        assert [state.load(key) is not None for key in ("personal", "pupil")] == [kept, kept]
+
+
+def test_natural_statistics_begin_without_those_of_patients(tmp_path: Path) -> None:
+    run = trained(study({"rounds": 1}, **BATCH_NORM), enlarged(16), tmp_path)
+    site = run.channel._sites["south"]
+    deployed(run, "south")
+    (tmp_path / "state" / "south" / "pupil.000001.safetensors").unlink()
+    method = run.method
+    assert isinstance(method, NatIMGFL)
+    shape, drawn = Shape.of(site.model, run.study.data.image), method.drawn(site.own_proxies, 1)
+    lessons = SiteLessons(site, run.study.method, shape, drawn, None)
+    assert lessons.statistics
+    for name, tensor in lessons.statistics.items():
+        assert torch.equal(tensor, site.initial[name])
+        assert not torch.equal(tensor, site.tensors[name])
+        assert tensor is not site.initial[name]
+
+
+@pytest.mark.parametrize("transport", ["weights", "vectors"])
+def test_networks_of_a_round_are_gone_before_the_next(transport: str, tmp_path: Path) -> None:
+    alive: dict[int, list[weakref.ref[Tensor]]] = {1: [], 2: [], 3: []}
+
+    def listens(own: Site, reply: Message) -> Message:
+        assert not [ref for number in range(1, own.round) for ref in alive[number] if ref() is not None]
+        alive[own.round] += [weakref.ref(tensor) for tensor in reply.arrays.values()]
+        return reply
+
+    made(study({"transport": transport}), tmp_path, listens).train()
+    assert all(alive.values())
+
+
+def test_who_is_not_asked_stays_in_sixteen_bits(tmp_path: Path) -> None:
+    run = trained(study({"rounds": 1}), sites(), tmp_path)
+    model, proxies = run.channel._sites["south"].model, load_proxies(run.study)
+    sent = halved(deployed(run, "south"))
+    shape, positions = Shape.of(model, run.study.data.image), torch.arange(4)
+    images = proxies.inputs(positions)
+    teacher = NetworkTeacher(model, sent, shape)
+    assert all(tensor is sent[name.removeprefix("model.")] for name, tensor in teacher._tensors.items())
+    looked_up = VectorTeacher(vectors(model, shape, {}, proxies, positions, 4), positions, torch.device("cpu"))
+    assert {looked_up._logits.dtype, *(part.dtype for part in looked_up._maps)} == {torch.float16}
+    for said_by in (teacher.say(positions, images), looked_up.say(positions, images)):
+        assert {said_by.logits.dtype, *(part.dtype for part in said_by.maps)} == {torch.float32}
+    maps, logits = said(model, {name: tensor.float() for name, tensor in sent.items()}, images)
+    assert torch.equal(teacher.say(positions, images).logits, logits)
+    assert torch.equal(teacher.say(positions, images).maps[0], maps[0])
 
 
 def test_more_sites_than_teachers_in_a_step(tmp_path: Path) -> None:
@@ -457,6 +591,15 @@ def _created(path: Path, wanted: Study) -> RunFolder:
     folder = RunFolder(path)
     folder.create(wanted)
     return folder
+
+
+def test_patients_are_divided_once_for_all_rounds() -> None:
+    method, north, south = NatIMGFL(study({"weights": "learned"})), sites()["north"], sites()["south"]
+    (first, again), other = (method.parts(north), method.parts(north)), method.parts(south)
+    assert first is not None
+    assert other is not None
+    assert first is again
+    assert not torch.equal(first[1], other[1])
 
 
 def test_everything_is_trained_on_where_weights_are_not_learned(tmp_path: Path) -> None:
@@ -512,7 +655,7 @@ def test_samples_go_beside_a_sites_own_images(tmp_path: Path) -> None:
         "data": {"image": {"size": [16, 16]}},
         "synthesis": {"generator": ["amplitude"], "floor": 2, "style": 0.0},
     }
-    data = sized()
+    data = enlarged(16)
     rows = data["south"].splits["train"]
     data["south"].splits["train"] = rows[data["south"].targets[rows] == 0]
     runs = [

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_contract import CNN, _small_images
-from toys import deployed, sites, toy_study, trained
+from test_contract import CNN
+from toys import deployed, enlarged, sites, toy_study, trained
 
 from polyclinic.errors import StudyError
 from polyclinic.methods.pfedme import envelope_gradient
@@ -85,7 +85,7 @@ def test_a_step_moves_running_statistics_once(tmp_path: Path) -> None:
             data={"image": {"size": [8, 8]}},
             training={"steps": 1, "batch_size": 4},
         )
-        run = trained(study, _small_images(), tmp_path / name)
+        run = trained(study, enlarged(8), tmp_path / name)
         found.append(run.state.groups["model"])
     statistics = running_statistics(run.bench.model) & found[0].keys()
     assert statistics

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_contract import _small_images, _stop_after, end_state, same
+from mixed_sites import prepared, shapes
+from test_contract import end_state, same
 from toy_proxies import MIXED, toy_proxies
-from toys import IMAGES, deployed, sites, toy_study, trained
+from toys import IMAGES, deployed, enlarged, resumed, sites, toy_study, trained
 
 from polyclinic.data.dataset import SiteData
-from polyclinic.errors import DataError, StudyError
+from polyclinic.errors import DataError, RunError, StudyError
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Op, Site
 from polyclinic.models.normalisation import running_statistics
@@ -25,6 +26,7 @@ from polyclinic.training import TrainingResult
 
 RIVALS = ("ds-fl", "fccl", "feddf", "fedmd", "kt-pfl")
 METHOD = pytest.mark.parametrize("method", RIVALS)
+EVERY = pytest.mark.parametrize("method", [*RIVALS, "natimg-fl"])
 DRAWN = 10
 SMALL: dict[str, Any] = {"proxies": DRAWN}
 """So few public images a round that no site has as many training images."""
@@ -71,12 +73,7 @@ def recorded(run: Run) -> list[Call]:
 
 def opened(study: Study, folder: Path, data: dict[str, SiteData] | None = None) -> Run:
     """A run before its first round."""
-    RunFolder(folder).create(study)
-    return Run(study, sites() if data is None else data, RunFolder(folder), Silent())
-
-
-def shapes(message: Message) -> dict[str, list[int]]:
-    return {name: list(array.shape) for name, array in message.arrays.items()}
+    return prepared(study, sites() if data is None else data, folder)
 
 
 @METHOD
@@ -155,7 +152,7 @@ def test_an_altered_public_image_stops_everything_before_the_first_round(method:
 def test_a_site_with_other_public_images_stops_everything_before_the_first_round(method: str, tmp_path: Path) -> None:
     run = opened(toy_study(method, federation={"on_absent": "continue"}), tmp_path)
     site = run.channel._sites["south"]
-    site.__dict__["proxies"] = replace(site.proxies, digest="0" * 64)
+    site.__dict__["own_proxies"] = replace(site.own_proxies, digest="0" * 64)
     calls = recorded(run)
     with pytest.raises(DataError, match=r"'south' has other public images"):
         run.train()
@@ -199,6 +196,53 @@ def test_a_site_that_drops_out_is_left_out_and_comes_back(method: str, tmp_path:
         torch.testing.assert_close(told["south"], (said["north"] + said["west"]) / 2)
 
 
+@EVERY
+def test_a_site_learns_from_no_public_images_that_were_not_compared(method: str, tmp_path: Path) -> None:
+    """In the first round ``south`` fails when asked which it has; it comes back in the second, with other ones."""
+    run = opened(toy_study(method, federation={"on_absent": "continue"}), tmp_path)
+    site = run.channel._sites["south"]
+    site.__dict__["own_proxies"] = replace(site.own_proxies, digest="0" * 64)
+    failing(run, "south", "proxies", 1)
+    calls = recorded(run)
+    with pytest.raises(DataError, match=r"'south' has other public images"):
+        run.train()
+    assert [number for number, *_ in calls if number > 1] == [2] * 3
+    trained_there = {name for number, op, name, *_ in calls if (number, op) == (1, "train")}
+    # The sites of feddf use no public images.
+    assert trained_there == ({*IMAGES} if method == "feddf" else {"north", "west"})
+    assert run.state.finished == 1
+
+
+@EVERY
+def test_a_site_that_is_late_in_comparing_takes_part_from_then_on(method: str, tmp_path: Path) -> None:
+    run = opened(toy_study({"name": method, "rounds": 2}, federation={"on_absent": "continue"}), tmp_path)
+    failing(run, "south", "proxies", 1)
+    run.train()
+    assert [list(record["absent"]) for record in run.records] == [["south"], []]
+    losses = [record["sites"]["south"]["loss"] for record in run.records]
+    assert [loss is not None for loss in losses] == [method == "feddf", True]
+
+
+@EVERY
+def test_a_resumed_run_with_other_public_images_is_refused(method: str, tmp_path: Path) -> None:
+    study = toy_study(method, proxies=toy_proxies(tmp_path / "public"))
+
+    class Swapping(Silent):
+        def round_finished(self, record: Any) -> None:
+            toy_proxies(tmp_path / "public", seed=record["round"])
+            raise KeyboardInterrupt
+
+    folder = RunFolder(tmp_path / "run")
+    folder.create(study)
+    with pytest.raises(KeyboardInterrupt):
+        Run(study, sites(), folder, Swapping()).train()
+    again = Run(study, sites(), folder, Silent())
+    calls = recorded(again)
+    with pytest.raises(RunError, match=r"this run began with other public images.*'toys'.*new results folder"):
+        again.train()
+    assert (calls, again.state.finished) == ([], 1)
+
+
 @METHOD
 def test_without_an_answer_a_round_fails(method: str, tmp_path: Path) -> None:
     run = opened(toy_study(method, federation={"on_absent": "continue"}), tmp_path)
@@ -225,21 +269,15 @@ CNNS: dict[str, Any] = {
 @METHOD
 def test_a_resumed_run_ends_the_same_bit_for_bit(method: str, tmp_path: Path) -> None:
     """From the second round on, with what sites keep from the first; the contract suite resumes after the first."""
-    study, data = toy_study({"name": method, **SMALL}, **CNNS), _small_images()
+    study, data = toy_study({"name": method, **SMALL}, **CNNS), enlarged(8)
     whole = trained(study, data, tmp_path / "whole")
-    folder = RunFolder(tmp_path / "parts")
-    folder.create(study)
-    _stop_after(study, data, folder, rounds=2)
-    resumed = Run(study, data, folder, Silent())
-    assert resumed.state.finished == 2
-    resumed.train()
-    assert same(end_state(whole), end_state(resumed))
+    assert same(end_state(whole), end_state(resumed(study, data, tmp_path / "parts", rounds=2)))
 
 
 @METHOD
 def test_who_learns_nothing_from_others_trains_as_local_bit_for_bit(method: str, tmp_path: Path) -> None:
     """All sites have different networks, so that feddf averages nobody with anybody."""
-    data = _small_images()
+    data = enlarged(8)
     alone = trained(toy_study("local", **CNNS), data, tmp_path / "local")
     run = trained(toy_study({"name": method, **SMALL, **SILENT[method]}, **CNNS), data, tmp_path / "silent")
     for site in IMAGES:
@@ -255,7 +293,7 @@ def test_networks_of_different_architectures_learn_together(method: str, tmp_pat
         training={"batch_size": 8},
         data={"image": {"size": [32, 32]}},
     )
-    run = trained(study, _small_images(32), tmp_path)
+    run = trained(study, enlarged(32), tmp_path)
     run.test()
     assert all(tensor.isfinite().all() for tensor in end_state(run).values())
     sizes = {site: sum(t.numel() for t in deployed(run, site).values()) for site in IMAGES}
@@ -290,7 +328,7 @@ def test_public_images_do_not_move_a_sites_running_statistics(method: str, tmp_p
     study = toy_study(
         {"name": method, **silent}, model=CNN, data={"image": {"size": [16, 16]}}, training={"batch_size": 8}
     )
-    run = trained(study, _small_images(16), tmp_path)
+    run = trained(study, enlarged(16), tmp_path)
     site = run.channel._sites["north"]
     kept = deployed(run, "north")
     answer = {name: torch.rand_like(tensor) for name, tensor in run.state.groups["targets"].items()}

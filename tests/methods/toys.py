@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from toy_proxies import toy_proxies
 
@@ -51,6 +53,14 @@ def site_data(site: str, images: int, seed: int = 0) -> SiteData:
 def sites(sizes: dict[str, int] | None = None) -> dict[str, SiteData]:
     """Three sites of unequal size."""
     return {name: site_data(name, n) for name, n in (sizes or IMAGES).items()}
+
+
+def enlarged(size: int = 32) -> dict[str, SiteData]:
+    """The same with images of ``size`` pixels a side."""
+    data = sites()
+    for own in data.values():
+        own._blocks = (F.interpolate(own.images, size=(size, size)),)
+    return data
 
 
 EVERYTHING = 1000
@@ -104,6 +114,27 @@ def trained(study: Study, data: dict[str, SiteData], folder: Path) -> Run:
     if not (folder / "study.yaml").exists():
         opened.create(study)
     run = Run(study, data, opened, Silent())
+    run.train()
+    return run
+
+
+def resumed(study: Study, data: dict[str, SiteData], folder: Path, rounds: int = 1) -> Run:
+    """The run after its last round, killed after ``rounds`` of them and gone on in what might be another process."""
+
+    class EnoughError(Exception):
+        pass
+
+    class Stopper(Silent):
+        def round_finished(self, record: Any) -> None:
+            if record["round"] == rounds:
+                raise EnoughError
+
+    opened = RunFolder(folder)
+    opened.create(study)
+    with suppress(EnoughError):
+        Run(study, data, opened, Stopper()).train()
+    run = Run(study, data, opened, Silent())
+    assert run.state.finished == rounds
     run.train()
     return run
 

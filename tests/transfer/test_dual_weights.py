@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyclinic.transfer.dual_weights import LEAST, Matching, Weights
+from polyclinic.transfer.dual_weights import Matching, Weights
 
 MODES: tuple[Weights, ...] = ("learned", "uniform", "layer-only", "channel-only", "attention")
 SOURCE, TARGET = (3, 5), (4, 2, 6)
@@ -94,7 +94,7 @@ def test_learned_weights_are_the_formula_written_out() -> None:
             narrow = made.what.narrow[m].weight[n * units : (n + 1) * units]
             what = ((g @ narrow.T).relu() @ made.what.wide[m][n] + made.what.bias[m][n]).softmax(1)
             layer = made.where.layers[m]
-            where = (g @ layer.weight[n] + layer.bias[n]).clamp(0.05, 6)
+            where = 0.05 + 5.95 / (1 + (-(g @ layer.weight[n] + layer.bias[n])).exp())
             total += float((where * (what * pair_error(made, source, target, m, n)).sum(1)).mean()) / 6
     assert math.isclose(float(made(made.see(source, target), target)), total, rel_tol=1e-10)
 
@@ -162,15 +162,25 @@ def test_vectors_are_maps_of_one_pixel() -> None:
     assert torch.equal(found, wanted)
 
 
-def test_where_never_falls_below_its_floor() -> None:
+def test_where_stays_within_its_bounds_and_a_neglected_pair_can_come_back() -> None:
     made, source, target = example("layer-only")
     assert made.where is not None
-    for layer in made.where.layers:
-        layer.bias.data.fill_(-5)
+    biases = [layer.bias for layer in made.where.layers]
+    for bias in biases:
+        bias.data.fill_(-6)
     seen = made.see(source, target)
-    assert torch.equal(made.where(seen.means), torch.full((7, 3, 2), LEAST, dtype=torch.float64))
+    where = made.where(seen.means)
+    assert (where > 0.05).all()
+    assert (where < 0.1).all()
     assert float(made.summary(seen, target)["floor"]) == 1
     assert float(made(seen, target)) > 0
+    for slope in torch.autograd.grad(where.sum(), biases):
+        # 7 images, each with the sigmoid's slope there: 5.95 e⁻⁶ / (1 + e⁻⁶)², and the little that u·g adds.
+        torch.testing.assert_close(slope, torch.full_like(slope, 7 * 5.95 * 0.0024665), rtol=0.1, atol=0)
+    for bias in biases:
+        bias.data.fill_(9)
+    assert (made.where(seen.means) < 6).all()
+    assert (made.where(seen.means) > 5.9).all()
 
 
 def test_entropy_is_one_for_even_channels_and_falls_as_they_part() -> None:
@@ -194,3 +204,29 @@ def test_sizes_are_those_of_the_fact_sheet() -> None:
     assert count == {"regressors": 925_440, "what": 495_360, "where": 3_856}
     small = Matching(levels, (24, 32, 96, 320), "uniform")
     assert sum(p.numel() for p in small.parameters()) == 456_960
+
+
+def test_pooled_vectors_are_matched_with_the_targets_means() -> None:
+    """By hand: vectors 0 and 2 are -1 and 1 when standardised; both of the target's means are 2, its pixels are not."""
+    made = Matching([1], [1], "uniform")
+    torch.nn.init.ones_(made.regressors[0].weight)
+    torch.nn.init.zeros_(made.regressors[0].bias)
+    target = torch.tensor([[[[1.0, 3.0]]], [[[0.0, 4.0]]]], requires_grad=True)
+    source = made.see([torch.tensor([[0.0], [2.0]])], [target])
+    torch.testing.assert_close(made(source, [target]), torch.tensor(((2 + 1) ** 2 + (2 - 1) ** 2) / 2))
+    torch.testing.assert_close(made.errors(source, [target]), torch.tensor([[[9.0]], [[1.0]]]))
+    (slope,) = torch.autograd.grad(made(source, [target]), target)
+    # Of ((mean - goal)^2) / 2 by each of two pixels.
+    torch.testing.assert_close(slope.flatten(1), torch.tensor([[1.5, 1.5], [0.5, 0.5]]))
+
+
+@pytest.mark.parametrize("weights", MODES)
+def test_of_a_pooled_source_nothing_depends_on_where_things_are_in_the_target(weights: Weights) -> None:
+    made, source, target = example(weights)
+    vectors = [part.mean((2, 3)) for part in source]
+    flat = [part.mean((2, 3), keepdim=True).expand_as(part) for part in target]
+    stirred(made)
+    found = [(made.see(vectors, maps), maps) for maps in (target, flat)]
+    for ask in (made.forward, made.errors, lambda *said: made.summary(*said)["where"]):
+        torch.testing.assert_close(*(ask(*said) for said in found))
+    assert not torch.allclose(*(made(made.see(source, maps), maps) for maps in (target, flat)))

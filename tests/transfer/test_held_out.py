@@ -66,6 +66,45 @@ def test_findings_count_each_for_itself() -> None:
     assert (data.targets[apart].sum(0) >= 2).all()
 
 
+def by_definition(data: SiteData, share: float, rng: np.random.Generator) -> set[str]:
+    """The patients kept apart, with everything counted anew for each patient."""
+    training = data.splits["train"].tolist()
+    names = np.unique(np.array([data.cases[i].patient for i in training], dtype=object))
+    has = {
+        i: {int(k) for k in (data.targets[i].nonzero() if data.targets.ndim == 2 else [data.targets[i]])}
+        for i in training
+    }
+    classes = set().union(*has.values())
+    chosen: set[str] = set()
+
+    def of(people: set[str]) -> list[int]:
+        return [i for i in training if data.cases[i].patient in people]
+
+    def holders(people: set[str], k: int) -> int:
+        return len({data.cases[i].patient for i in of(people) if k in has[i]})
+
+    for name in rng.permutation(names):
+        enough = len(of(chosen)) >= share * len(training)
+        lacking = {k for k in classes if sum(k in has[i] for i in of(chosen)) < 2}
+        if enough and not lacking:
+            break
+        helps = any(has[i] & lacking for i in of({name}))
+        half = all(holders(chosen | {name}, k) <= holders(set(names), k) / 2 for k in classes)
+        if (not enough or helps) and half:
+            chosen.add(name)
+    return chosen
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_counts_that_run_along_choose_as_counting_anew(multi_label: bool) -> None:
+    rng = np.random.default_rng(3)
+    for seed in range(8):
+        rows = (rng.random((60, 3)) < [0.5, 0.2, 0.08]).astype(float) if multi_label else rng.integers(0, 3, 60)
+        data = site(rows.tolist(), each=1 + seed % 3)
+        _, apart = held_out(data, 0.2, np.random.default_rng(seed))
+        assert patients(data, apart) == by_definition(data, 0.2, np.random.default_rng(seed))
+
+
 def test_the_draw_alone_decides() -> None:
     data = site([0, 1] * 30)
     first, again, other = (held_out(data, 0.2, np.random.default_rng(seed))[1] for seed in (1, 1, 2))

@@ -123,6 +123,26 @@ def test_vectors_are_looked_up_by_position() -> None:
     assert teacher.channels == [1]
 
 
+def test_a_pupil_of_vectors_is_matched_by_its_means() -> None:
+    """In its loss and in the errors of a meta-step, with values from the definition."""
+    model = network("small-cnn").eval()
+    shape = Shape.of(model, IMAGE)
+    pupil = Pupil(model, shape, 5, "none", None, 0)
+    pupil.learn_from("far", [2], "uniform", 0)
+    said = Said([torch.tensor([[0.0, 5.0], [2.0, 1.0]])], torch.zeros(2, 0), torch.zeros(2, 2))
+    mix = Mix(0.0, 1.0, 0.0, 3.0, False)
+    with torch.no_grad():
+        learnt = pupil.learn(images(), torch.tensor([0, 1]), {"far": said}, {"far": 1.0}, mix)
+        means = [part.mean((2, 3)) for part in learnt.said.maps]
+        wanted = torch.tensor([[-1.0, 1.0], [1.0, -1.0]])
+        pairs = zip(means, pupil.matching["far"].regressors, strict=True)
+        errors = torch.stack([(regressor(mean) - wanted).square() for mean, regressor in pairs], 1)
+        with pupil.statistics.natural(model):
+            seen = pupil(images(), learnt.sources)
+    torch.testing.assert_close(learnt.terms["matching"], errors.mean())
+    torch.testing.assert_close(seen.errors[0], errors)
+
+
 def test_what_does_not_fit_into_sixteen_bits_travels_in_thirty_two() -> None:
     sent = halved({"small": torch.tensor([1.0, -2.5]), "large": torch.tensor([1e6])})
     assert {name: tensor.dtype for name, tensor in sent.items()} == {"small": torch.float16, "large": torch.float32}

@@ -1,4 +1,4 @@
-"""Public images with labels that server and sites have alike: loading, checking, and agreeing on them before round 1.
+"""Public images with labels that server and sites have alike: loading, checking, and agreeing on them.
 
 They are no patients' images. Methods for sites with different networks send what networks say of them (logits,
 features) or train on them on both sides; the images themselves are got locally by each party and never sent.
@@ -22,10 +22,11 @@ from polyclinic.data.proxy_manifest import ProxyImage, ProxyManifest, make_manif
 from polyclinic.data.readers import Picture, read_picture
 from polyclinic.data.sources import kept_open, locate
 from polyclinic.data.transforms import place
-from polyclinic.errors import DataError, StudyError
+from polyclinic.errors import DataError, RunError, StudyError
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Leaf, Op, Site
+from polyclinic.federation.state import ServerState
 from polyclinic.seeds import generator
 from polyclinic.study import ImageSettings, ProxySettings, Study
 
@@ -117,8 +118,8 @@ def load_proxies(study: Study) -> Proxies:
         )
     if not images.exists():
         raise DataError(
-            f"proxies.images: {images} does not exist. Get the images of {found.name!r} and put them there, or set "
-            "data.root (POLYCLINIC_DATA)."
+            f"proxies.images: {images.name!r} does not exist. Get the images of {found.name!r} and put them where the "
+            "study says, or set data.root (POLYCLINIC_DATA)."
         )
     return _loaded(found, str(images), _stamps(images, found), plain.model_dump_json())
 
@@ -167,8 +168,12 @@ def _decoded(source: str, one: ProxyImage, settings: ImageSettings, name: str) -
             f"proxies: image {one.path!r} of {name!r} is not the manifest's: its SHA-256 is {found[:12]}..., wanted is "
             f"{one.sha256[:12]}.... Get the set again; all sites must have the very same images."
         )
-    picture = read_picture(source, one.path)
-    pixels = picture.pixels
+    try:
+        pixels = read_picture(source, one.path).pixels
+    except DataError as error:
+        # Errors are sent to the server, where the images lie here is not.
+        reason = str(error).replace(locate(source, one.path).name, one.path)
+        raise DataError(f"proxies, {name!r}: {reason}") from error
     if settings.channels == 1 and len(pixels) == 3:
         grey = (pixels * _GREY).sum(0, keepdims=True)
         pixels = np.rint(grey).astype(np.uint8) if pixels.dtype == np.uint8 else grey
@@ -177,30 +182,44 @@ def _decoded(source: str, one: ProxyImage, settings: ImageSettings, name: str) -
 
 
 def _compare(site: Site, message: Message) -> Message:
-    """Check the site's own copies against its own manifest, and say which set they are."""
+    """Check the site's own copies against its own manifest, say which set they are, and learn from no other."""
+    site.agreed = ""
     try:
-        return Message(scalars={"digest": site.proxies.digest})
+        own = site.own_proxies.digest
     except DataError as error:
         # Not raised: a tolerant channel would go on without this site, and all must have the same images.
         return Message(scalars={"fault": str(error)})
+    if own == message.scalars["digest"]:
+        site.agreed = own
+    return Message(scalars={"digest": own})
 
 
 PROXY_OPS = {"proxies": Op(_compare, (Leaf("digest", "scalar", "nothing"), Leaf("fault", "scalar", "nothing")))}
 """The site's side of ``agree_on_proxies``, for the ops of a method with public images."""
 
 
-def agree_on_proxies(channel: Channel, study: Study) -> Proxies:
-    """Make sure that every site has the server's public images, before anything is trained. May be called again.
+def agree_on_proxies(channel: Channel, study: Study, state: ServerState) -> Proxies:
+    """Make sure that all learn from the same public images; to be called at the start of each round.
 
-    The server sends name and digest; each site compares all its own copies with its manifest and answers its digest.
+    The server sends name and digest; each site compares all its own copies with its manifest and answers its digest. A
+    site that fails in this may be absent, but then its ``proxies`` refuse until it has answered in a later round. The
+    digest is kept in ``state.scalars["proxies"]``, so that a resumed run has the images that it began with.
 
     Returns:
         The server's own copy.
 
     Raises:
         DataError: The server's or a site's images are others; names the site and the first image that differs.
+        RunError: The run began with another set.
     """
     own = load_proxies(study)
+    began = state.scalars.setdefault("proxies", own.digest)
+    if began != own.digest:
+        raise RunError(
+            f"this run began with other public images: their manifest had digest {str(began)[:12]}..., that of "
+            f"{own.name!r} is {own.digest[:12]}.... Put the first manifest and its images back, or start in a new "
+            "results folder."
+        )
     message = Message(scalars={"name": own.name, "digest": own.digest})
     for site, reply in channel.call("proxies", dict.fromkeys(channel.sites, message)).items():
         if "fault" in reply.scalars:

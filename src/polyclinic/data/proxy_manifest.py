@@ -74,10 +74,14 @@ class ProxyManifest:
             found = cls(str(raw["name"]), tuple(map(str, raw["classes"])), images)
             digest = str(raw["digest"])
         except FileNotFoundError:
-            raise DataError(f"proxies.manifest: {path} does not exist. Make it with polyclinic data proxies.") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"proxies.manifest: {path.name} is no manifest of public images ({error}). Make it with polyclinic "
+                f"proxies.manifest: {path.name} does not exist. Put it where the study says, set data.root "
+                "(POLYCLINIC_DATA), or make it with polyclinic data proxies."
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(
+                f"proxies.manifest: {path.name} is no manifest of public images ({reason}). Make it with polyclinic "
                 "data proxies."
             ) from error
         if found.digest != digest:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from polyclinic.errors import SiteError
 from polyclinic.federation.message import Message
 
 
@@ -74,3 +75,10 @@ class Channel(Protocol):
 
     def call(self, op: str, messages: Mapping[str, Message]) -> dict[str, Message]:
         """Send each site its message and gather the replies; a failed site is absent, with its reason kept."""
+
+    def refuse(self, site: str, error: SiteError) -> None:
+        """Count a site that answered as failed, for what is wrong with its answer.
+
+        Raises:
+            SiteError: ``error``, where the channel does not go on without a failed site.
+        """

@@ -68,3 +68,9 @@ class LocalChannel:
     def call(self, op: str, messages: Mapping[str, Message]) -> dict[str, Message]:
         """Gather ``stream``."""
         return dict(self.stream(op, messages))
+
+    def refuse(self, site: str, error: SiteError) -> None:
+        """Count a site that answered as absent, or raise ``error`` where none may fail."""
+        if not self._tolerant:
+            raise error
+        self.absent[site] = f"{type(error).__name__}: {error}"

@@ -92,6 +92,7 @@ class Site:
         round: The round of the current op.
         party: Its side of secure sums, where the study asks for them.
         shelf: What it took from the exchange of samples, where there was one.
+        agreed: Digest of the public images, once they were compared with the server's; empty before.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Site:
         self.state = SiteState(folder / "state" / name, workbench.device)
         self.folder = folder
         self.round = 0
+        self.agreed = ""
         self._bench = workbench
         self._ops = ops
         self._credentials = credentials
@@ -140,7 +142,7 @@ class Site:
         return Networks(self.study) if self._networks is None else self._networks
 
     @cached_property
-    def proxies(self) -> Proxies:
+    def own_proxies(self) -> Proxies:
         """The public images of the study, as they lie at this site, each one compared with the manifest.
 
         Raises:
@@ -151,6 +153,21 @@ class Site:
         if self.study.proxies is None:
             raise SiteError(f"site {self.name!r}: the study names no public images. Give proxies in the study file.")
         return load_proxies(self.study)
+
+    @property
+    def proxies(self) -> Proxies:
+        """``own_proxies``, to be learnt from: they are the server's as well.
+
+        Raises:
+            SiteError: They were not compared with the server's since the site was started. Else as ``own_proxies``.
+        """
+        found = self.own_proxies
+        if found.digest != self.agreed:
+            raise SiteError(
+                f"site {self.name!r} did not compare its public images {found.name!r} with the server's, so it learns "
+                "nothing from them. The server asks for it at the start of each round (agree_on_proxies)."
+            )
+        return found
 
     def handle(self, op: str, number: int, message: Message) -> Message:
         """Answer one call; nothing leaves that the op did not declare.

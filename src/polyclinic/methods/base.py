@@ -64,6 +64,8 @@ class Method(ABC):
     """Whether what a site deploys starts from the server's model, its last layer included."""
     mixed_networks: ClassVar[bool] = False
     """Whether sites may have different networks (``models`` of the study)."""
+    trained_at_home: ClassVar[bool] = False
+    """Whether a site deploys the very model that it trained; nothing is sent for it."""
     personal: bool = False
     """True where sites deploy models of their own, which they then keep themselves."""
 
@@ -136,11 +138,14 @@ class Method(ABC):
 
     def deployment(self, state: ServerState) -> Message:
         """What the server sends to a site that wants to use the model."""
-        return Message.pack({"model": state.groups["model"]})
+        return Message() if self.trained_at_home else Message.pack({"model": state.groups["model"]})
 
     def deploy(self, site: Site, message: Message) -> None:
         """Load into the site's network the model that it would use now."""
-        load_global(site, message)
+        if self.trained_at_home:
+            load_own(site)
+        else:
+            load_global(site, message)
 
 
 def load_global(site: Site, message: Message) -> dict[str, Tensor]:
@@ -156,6 +161,12 @@ def load_global(site: Site, message: Message) -> dict[str, Tensor]:
         site.load({name: own[name] for name in site.tensors if name not in received})
     site.load(received)
     return received
+
+
+def load_own(site: Site) -> None:
+    """Load the site's own model, or the start weights before its first training."""
+    kept = site.state.load("personal")
+    site.load(kept[0] if kept else site.initial)
 
 
 def keep_local(site: Site, received: Mapping[str, Tensor]) -> None:
@@ -180,4 +191,4 @@ TRAINED = (
 )
 """Leaves of an ordinary training op beside its arrays."""
 
-__all__ = ["TRAINED", "Leaf", "Method", "MethodParams", "Op", "draw_cohort", "keep_local", "load_global"]
+__all__ = ["TRAINED", "Leaf", "Method", "MethodParams", "Op", "draw_cohort", "keep_local", "load_global", "load_own"]

@@ -23,9 +23,8 @@ from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import Leaf, Method, MethodParams, Op, keep_local, load_global
+from polyclinic.methods.base import Leaf, Method, MethodParams, Op, keep_local, load_global, load_own
 from polyclinic.methods.fedavg import add_update
-from polyclinic.methods.local import load_own
 from polyclinic.models.registry import start_model
 from polyclinic.models.taps import feature_tap
 from polyclinic.secure.sum import SecureSum

@@ -15,10 +15,9 @@ from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import Method, MethodParams, Op, load_global
+from polyclinic.methods.base import Method, MethodParams, Op, load_global, load_own
 from polyclinic.methods.fedavg import UPDATE, average_rounds, train_from
 from polyclinic.methods.fedprox import proximal
-from polyclinic.methods.local import load_own
 from polyclinic.secure.sum import SecureSum
 
 

@@ -33,19 +33,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from polyclinic.data.batches import proxy_batches
-from polyclinic.data.proxies import PROXY_OPS, agree_on_proxies, load_proxies
+from polyclinic.data.proxies import PROXY_OPS, agree_on_proxies
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import Leaf, Method, MethodParams, Op, draw_cohort
-from polyclinic.methods.local import load_own
+from polyclinic.methods.base import Method, MethodParams, Op, draw_cohort, load_own
 from polyclinic.models.weights import load_tensors, snapshot
 from polyclinic.secure.sum import SecureSum
 from polyclinic.seeds import derive_seed, generator
 from polyclinic.study import ModelSettings, Study
 from polyclinic.training import learning_rate
 from polyclinic.transfer.proxy_logits import (
+    ANSWERS,
     DigestSettings,
     ProxyRound,
     TargetLoss,
@@ -81,6 +81,7 @@ class DSFL(Method):
     exchanges = False
     mixed_networks = True
     personal = True
+    trained_at_home = True
     starts_global = False
 
     @classmethod
@@ -90,8 +91,8 @@ class DSFL(Method):
 
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
         """Gather probabilities, sharpen their mean, teach the central model."""
-        proxies = agree_on_proxies(channel, self.study) if state.finished == 0 else load_proxies(self.study)
         for number in state.rounds(self.study.method.rounds):
+            proxies = agree_on_proxies(channel, self.study, state)
             cohort = draw_cohort(self.study, channel.sites, number)
             message = Message.pack({"targets": state.groups.get("targets", {})})
             mean = mean_answer(answers(channel, "train", dict.fromkeys(cohort, message)))["probabilities"]
@@ -106,16 +107,7 @@ class DSFL(Method):
 
     def ops(self) -> dict[str, Op]:
         """Agree on the public images; learn, train, answer."""
-        losses = (Leaf("loss", "scalar", "images"), Leaf("digest", "scalar", "images"))
-        return {**PROXY_OPS, "train": Op(self.train, (Leaf("answers", "array", "images"), *losses))}
-
-    def deployment(self, state: ServerState) -> Message:
-        """Nothing: sites have their own."""
-        return Message()
-
-    def deploy(self, site: Site, message: Message) -> None:
-        """Load the site's own model."""
-        load_own(site)
+        return {**PROXY_OPS, "train": Op(self.train, ANSWERS)}
 
     def central(self, state: ServerState) -> tuple[ModelSettings, dict[str, Tensor]] | None:
         """The server's model, once it has learnt anything."""

@@ -10,17 +10,18 @@ Du: Generalizable heterogeneous federated cross-correlation and instance similar
     alone     cross-entropy + previous KL(own model of the last round || own) + pretrained KL(own first model || own)
 
 The first model is the one after a site's first training, which is therefore plain and before any exchange. FCCL+ is
-``features: 3``, ``temperature: 3``, ``non_target: true``: with f the normalised features of a batch, S = f f^T / 0.02
-without its diagonal, also KL(softmax(mean of S over sites) || softmax(S)) by rows, which asks no equal feature sizes;
-and the two KL are between the classes that an image is not of.
+``features: 3``, ``temperature: 3``, ``non_target: true``, ``pretrained: 0``: with f the normalised features of a batch,
+S = f f^T / 0.02 without its diagonal, also KL(softmax(mean of S over sites) || softmax(S)) by rows, which asks no equal
+feature sizes; and the one KL left is between the classes that an image is not of.
 
 Applied to public images are the outputs for the study's classes (the private head): what these mean there is of no
 account, only how sites agree. zbar is that of the start of the round, as in the code, where it comes from copies of the
 round before.
 
 Ours: population deviations, so that M_uu = 1 where z = zbar; the KL of findings that do not exclude each other is
-Bernoulli; in batch normalisation a site's running statistics stand still in the exchange. The public batches are the
-same at all sites, as similarities must be.
+Bernoulli; probabilities of the classes that an image is not of are made to sum to 1, so that their KL is never negative
+(the code leaves them as they are in the softmax over all classes); in batch normalisation a site's running statistics
+stand still in the exchange. The public batches are the same at all sites, as similarities must be.
 
 Leaves a site: its scores of the round's images, ``m x classes``; with ``features`` the cosines of all pairs within a
 batch, ``B`` values an image more. Comes to a site: their means.
@@ -36,20 +37,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from polyclinic.data.proxies import PROXY_OPS, agree_on_proxies
+from polyclinic.data.proxies import PROXY_OPS
 from polyclinic.errors import StudyError
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import Leaf, Method, MethodParams, Op, draw_cohort
-from polyclinic.methods.local import load_own
+from polyclinic.methods.base import Method, MethodParams, Op, load_own
 from polyclinic.models.taps import feature_tap, features, tapped
 from polyclinic.models.weights import load_tensors
 from polyclinic.secure.sum import SecureSum
 from polyclinic.study import Study
 from polyclinic.training import Step, StepRule, plain_step
-from polyclinic.transfer.proxy_logits import DigestSettings, ProxyRound, answers, check_public, digest, mean_answer
+from polyclinic.transfer.proxy_logits import ANSWERS, DigestSettings, ProxyRound, check_public, digest, mean_rounds
 from polyclinic.transfer.soft_targets import distillation, soft
 
 OFF_DIAGONAL = 0.0051
@@ -88,6 +88,7 @@ class FCCL(Method):
     exchanges = False
     mixed_networks = True
     personal = True
+    trained_at_home = True
     starts_global = False
 
     @classmethod
@@ -115,13 +116,7 @@ class FCCL(Method):
 
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
         """Gather scores and similarities; their means are the next round's targets."""
-        if state.finished == 0:
-            agree_on_proxies(channel, self.study)
-        for number in state.rounds(self.study.method.rounds):
-            cohort = draw_cohort(self.study, channel.sites, number)
-            message = Message.pack({"targets": state.groups.get("targets", {})})
-            state.groups["targets"] = mean_answer(answers(channel, "train", dict.fromkeys(cohort, message)))
-            yield
+        return mean_rounds(self, channel, state)
 
     def shared(self, model: nn.Module) -> list[str]:
         """No tensor of a network leaves."""
@@ -129,16 +124,7 @@ class FCCL(Method):
 
     def ops(self) -> dict[str, Op]:
         """Agree on the public images; learn, train, answer."""
-        losses = (Leaf("loss", "scalar", "images"), Leaf("digest", "scalar", "images"))
-        return {**PROXY_OPS, "train": Op(self.train, (Leaf("answers", "array", "images"), *losses))}
-
-    def deployment(self, state: ServerState) -> Message:
-        """Nothing: sites have their own."""
-        return Message()
-
-    def deploy(self, site: Site, message: Message) -> None:
-        """Load the site's own model."""
-        load_own(site)
+        return {**PROXY_OPS, "train": Op(self.train, ANSWERS)}
 
     def train(self, site: Site, message: Message) -> Message:
         """Learn from the others, then train near what the site knew; answer on this round's public images."""

@@ -61,8 +61,14 @@ def average_rounds(
 
 
 def add_update(model: dict[str, Tensor], update: dict[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
-    """``model + scale * update``, added in float64 and rounded once to the model's type."""
-    return {name: torch.add(tensor, update[name], alpha=scale).to(tensor.dtype) for name, tensor in model.items()}
+    """``model + scale * update``, added in float64 where the model is and rounded once to its type.
+
+    Args:
+        model: By name.
+        update: The same names; a hidden sum's lies on the CPU, wherever the model is.
+        scale: Factor of the update.
+    """
+    return {n: torch.add(t, update[n].to(t.device), alpha=scale).to(t.dtype) for n, t in model.items()}
 
 
 def train_global(site: Site, message: Message) -> Message:

@@ -36,14 +36,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from polyclinic.data.batches import proxy_batches
-from polyclinic.data.proxies import PROXY_OPS, agree_on_proxies, load_proxies
-from polyclinic.errors import SiteError, StudyError
+from polyclinic.data.proxies import PROXY_OPS, agree_on_proxies
+from polyclinic.errors import StudyError
+from polyclinic.federation.answers import accepted, checked
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import TRAINED, Leaf, Method, MethodParams, Op, draw_cohort
-from polyclinic.methods.local import load_own
+from polyclinic.methods.base import TRAINED, Leaf, Method, MethodParams, Op, draw_cohort, load_own
 from polyclinic.models.normalisation import running_statistics_used
 from polyclinic.models.weights import load_tensors, snapshot
 from polyclinic.secure.sum import SecureSum
@@ -99,9 +99,9 @@ class FedDF(Method):
 
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
         """Gather networks, average each group, distil the ensemble into it, send it back."""
-        proxies = agree_on_proxies(channel, self.study) if state.finished == 0 else load_proxies(self.study)
         groups = self.groups(channel.sites)
         for number in state.rounds(self.study.method.rounds):
+            proxies = agree_on_proxies(channel, self.study, state)
             shown = ProxyRound.draw(proxies, self.study, number)
             cohort = draw_cohort(self.study, channel.sites, number)
             averages, mean = self._gathered(channel, cohort, groups, shown)
@@ -157,8 +157,12 @@ class FedDF(Method):
         sums: dict[str, Tensors] = {}
         weights: dict[str, float] = {}
         logits: list[Tensor] = []
-        for site, reply in channel.stream("train", dict.fromkeys(cohort, Message())):
-            group, weight, received = group_of[site], float(reply.scalars["weight/model"]), reply.group("model")
+
+        def read(site: str, reply: Message) -> tuple[Tensors, float]:
+            return checked(site, "model", self._start(site), reply)
+
+        for site, (received, weight) in accepted(channel, "train", dict.fromkeys(cohort, Message()), read):
+            group = group_of[site]
             into = sums.setdefault(group, {n: torch.zeros_like(t, dtype=torch.float64) for n, t in received.items()})
             for name, tensor in received.items():
                 into[name].add_(tensor, alpha=weight)
@@ -166,9 +170,7 @@ class FedDF(Method):
             model = self.networks.of_site(site).model
             load_tensors(model, received)
             logits.append(shown.logits(model, self.study.evaluation.batch_size))
-        if not logits:
-            reasons = "; ".join(f"{site}: {reason}" for site, reason in channel.absent.items())
-            raise SiteError(f"no site answered 'train' in round {channel.round} ({reasons or 'none was asked'}).")
+            del received  # before the next site trains
         averages = {g: {n: (t / weights[g]).float() for n, t in own.items()} for g, own in sums.items() if weights[g]}
         return averages, torch.stack(logits).double().mean(0).float()
 

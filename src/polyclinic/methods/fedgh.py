@@ -36,9 +36,9 @@ from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import Leaf, Method, MethodParams, Op, draw_cohort
+from polyclinic.methods.base import Leaf, Method, MethodParams, Op, draw_cohort, load_own
 from polyclinic.methods.lg_fedavg import Head, equal_heads, first_head, load_head
-from polyclinic.methods.local import load_own
+from polyclinic.models.taps import feature_size
 from polyclinic.secure.sum import SecureSum
 from polyclinic.seeds import derive_seed
 from polyclinic.study import Study
@@ -100,13 +100,14 @@ class FedGH(Method):
         params = self.study.method
         if params.head_epochs and "head" not in state.groups:
             state.groups["head"] = first_head(self.networks, channel.sites)
+        classes, features = len(self.study.task.classes), feature_size(self.networks.of_site(channel.sites[0]).model)
+        rows = 2 * classes if self.study.task.kind == "multi-label" else classes
         for number in state.rounds(params.rounds):
             cohort = draw_cohort(self.study, channel.sites, number)
-            message = Message.pack({"head": state.groups.get("head", {})})
-            found = gathered(channel, "train", dict.fromkeys(cohort, message), "prototypes")
+            messages = dict.fromkeys(cohort, Message.pack({"head": state.groups.get("head", {})}))
+            found = gathered(channel, "train", messages, rows, features)
             if params.head_epochs:
                 seed = derive_seed(self.study.seed, "last layer on class means", number)
-                classes = len(self.study.task.classes)
                 state.groups["head"] = fit_on_means(state.groups["head"], found, classes, params, seed)
             yield
 

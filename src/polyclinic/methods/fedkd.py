@@ -29,6 +29,7 @@ What leaves a site, in clear: factors of the companion's update, its vectors who
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -36,19 +37,20 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from polyclinic.errors import SiteError
+from polyclinic.federation.answers import accepted, checked
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import TRAINED, Leaf, Method, MethodParams, Op, draw_cohort
+from polyclinic.methods.base import TRAINED, Leaf, Method, MethodParams, Op, draw_cohort, load_own
 from polyclinic.methods.fedavg import add_update
-from polyclinic.methods.local import load_own
 from polyclinic.models.last_layer import entering, last_layer
-from polyclinic.secure.sum import SecureSum
+from polyclinic.secure.sum import SecureSum, Total
 from polyclinic.seeds import derive_seed
 from polyclinic.study import ModelSettings, Study
 from polyclinic.training import Step, StepRule
-from polyclinic.transfer.class_means import check_classification, check_plain, nobody
+from polyclinic.transfer.class_means import check_classification, check_plain
 from polyclinic.transfer.companion import Companion, answering, first_companion
 from polyclinic.transfer.soft_targets import distillation, soft
 
@@ -85,6 +87,7 @@ class FedKD(Method):
     exchanges = False
     mixed_networks = True
     personal = True
+    trained_at_home = True
     starts_global = False
 
     @classmethod
@@ -110,15 +113,13 @@ class FedKD(Method):
         for number in state.rounds(self.study.method.rounds):
             cohort = draw_cohort(self.study, channel.sites, number)
             companion = state.groups["companion"]
+            messages = dict.fromkeys(cohort, Message.pack({"model": companion}))
             total, weight = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in companion.items()}, 0.0
-            for _, reply in channel.stream("train", dict.fromkeys(cohort, Message.pack({"model": companion}))):
-                own = float(reply.scalars["weight/update"])
-                update = multiplied({part: reply.group(part) for part in _PARTS}, companion)
+            for _, (update, own) in accepted(channel, "train", messages, partial(received, like=companion)):
                 total = {name: total[name] + own * update[name] for name in total}
                 weight += own
-            if not weight:
-                raise nobody(channel, "train")
-            state.groups["companion"] = add_update(companion, total, 1 / weight)
+            mean = Total({"update": total}, {"update": weight}, {}).mean("update")
+            state.groups["companion"] = add_update(companion, mean)
             yield
 
     def ops(self) -> dict[str, Op]:
@@ -141,14 +142,6 @@ class FedKD(Method):
         site.state.save("personal", site.tensors)
         factors = factorised(update, params.energy(site.round))
         return Message.pack(factors, loss=result.loss, **{"weight/update": site.weight})
-
-    def deployment(self, state: ServerState) -> Message:
-        """Nothing: sites have their own networks."""
-        return Message()
-
-    def deploy(self, site: Site, message: Message) -> None:
-        """Load the site's own network."""
-        load_own(site)
 
     def central(self, state: ServerState) -> tuple[ModelSettings, dict[str, Tensor]]:
         """The averaged companion."""
@@ -175,7 +168,7 @@ def adaptive(companion: Companion, between: Tensor, study: Study) -> StepRule:
 
     def rule(step: Step) -> Tensor:
         with entering(last_layer(step.model)[1]) as feature, answering(step.model) as answer:
-            loss = step.loss(step.batch)
+            loss = total = step.loss(step.batch)
         with entering(last_layer(companion.model)[1]) as its_feature, answering(companion.model) as its_answer:
             its_loss = companion.loss(step)
         if strength:
@@ -185,9 +178,9 @@ def adaptive(companion: Companion, between: Tensor, study: Study) -> StepRule:
             its_apart = F.mse_loss(mapped, f.detach())
             its_loss = its_loss + share * (distillation(its_answer[0], targets, 1.0, multi_label) + its_apart)
             apart = F.mse_loss(f, mapped.detach())
-            loss = loss + share * (distillation(answer[0], its_targets, 1.0, multi_label) + apart)
+            total = loss + share * (distillation(answer[0], its_targets, 1.0, multi_label) + apart)
         companion.follow(its_loss)
-        loss.backward()  # type: ignore[no-untyped-call]
+        total.backward()  # type: ignore[no-untyped-call]
         return loss
 
     return rule
@@ -214,8 +207,25 @@ def factorised(update: Mapping[str, Tensor], energy: float) -> Factors:
 
 
 def multiplied(parts: Factors, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The update that ``factorised`` cut, float64, in the shapes of ``like``."""
+    """The update that ``factorised`` cut, float64, in the shapes of ``like`` and its order."""
     made = {name: tensor.double() for name, tensor in parts["whole"].items()}
-    for name, left in parts["left"].items():
-        made[name] = (left.double() @ parts["right"][name].double()).reshape(like[name].shape)
-    return {name: made[name] for name in like}
+    for name in {**parts["left"], **parts["right"]}:
+        made[name] = (parts["left"][name].double() @ parts["right"][name].double()).reshape(like[name].shape)
+    return {name: made[name] for name in {**like, **made}}
+
+
+def received(site: str, reply: Message, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    """A site's update, multiplied, and its weight.
+
+    Raises:
+        SiteError: Names the site: factors that do not give tensors of the names and shapes of ``like``, a number that
+            is not finite, or no weight.
+    """
+    try:
+        update = multiplied({part: reply.group(part) for part in _PARTS}, like)
+    except (KeyError, RuntimeError) as error:  # a name, or shapes that do not multiply
+        raise SiteError(
+            f"site {site!r} sent factors that do not give an update of the companion: {error}. All parties must have "
+            "the same study file and the same version of the program."
+        ) from None
+    return checked(site, "update", like, Message.pack({"update": update}, **reply.scalars))

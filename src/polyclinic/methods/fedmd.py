@@ -33,13 +33,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from polyclinic.data.batches import proxy_batches
-from polyclinic.data.proxies import PROXY_OPS, agree_on_proxies
+from polyclinic.data.proxies import PROXY_OPS
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import Leaf, Method, MethodParams, Op, draw_cohort
-from polyclinic.methods.local import load_own
+from polyclinic.methods.base import Method, MethodParams, Op, load_own
 from polyclinic.models.amplitude_norm import BUFFER
 from polyclinic.models.last_layer import entering, last_layer
 from polyclinic.models.weights import snapshot
@@ -47,7 +46,7 @@ from polyclinic.secure.sum import SecureSum
 from polyclinic.seeds import derive_seed, generator
 from polyclinic.study import Study
 from polyclinic.training import fit, learning_rate, trained_parameters
-from polyclinic.transfer.proxy_logits import DigestSettings, ProxyRound, answers, check_public, digest, mean_answer
+from polyclinic.transfer.proxy_logits import ANSWERS, DigestSettings, ProxyRound, check_public, digest, mean_rounds
 
 
 class FedMDParams(MethodParams):
@@ -72,6 +71,7 @@ class FedMD(Method):
     exchanges = False
     mixed_networks = True
     personal = True
+    trained_at_home = True
     starts_global = False
 
     @classmethod
@@ -87,13 +87,7 @@ class FedMD(Method):
 
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
         """Gather scores; their mean is the next round's target."""
-        if state.finished == 0:
-            agree_on_proxies(channel, self.study)
-        for number in state.rounds(self.study.method.rounds):
-            cohort = draw_cohort(self.study, channel.sites, number)
-            message = Message.pack({"targets": state.groups.get("targets", {})})
-            state.groups["targets"] = mean_answer(answers(channel, "train", dict.fromkeys(cohort, message)))
-            yield
+        return mean_rounds(self, channel, state)
 
     def shared(self, model: nn.Module) -> list[str]:
         """No tensor of a network leaves."""
@@ -101,16 +95,7 @@ class FedMD(Method):
 
     def ops(self) -> dict[str, Op]:
         """Agree on the public images; digest, revisit, answer."""
-        losses = tuple(Leaf(name, "scalar", "images") for name in ("loss", "digest"))
-        return {**PROXY_OPS, "train": Op(self.train, (Leaf("answers", "array", "images"), *losses))}
-
-    def deployment(self, state: ServerState) -> Message:
-        """Nothing: sites have their own."""
-        return Message()
-
-    def deploy(self, site: Site, message: Message) -> None:
-        """Load the site's own model."""
-        load_own(site)
+        return {**PROXY_OPS, "train": Op(self.train, ANSWERS)}
 
     def train(self, site: Site, message: Message) -> Message:
         """The last round's mean scores first, then the site's own images; answer with scores."""

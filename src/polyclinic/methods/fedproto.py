@@ -9,8 +9,8 @@ No weights are exchanged. With f the features that enter a site's last layer, a 
     minimise CE + strength · mean over images of ‖f(x) − p_y‖² / F     each site, from its own network
 
 p_c is weighted by images, as the paper says; the published code and HtFLlib give each site the same weight. The means
-are summed through the study's sum: under a hidden one the server sees p_c and nothing of a site. Features must be of
-the same size at all sites (``model.embedding``).
+are summed through the study's sum: under a hidden one the server sees sums over the sites of the round alone. Features
+must be of the same size at all sites (``model.embedding``).
 
 Prediction is by the network's own classifier or, as in the paper, by the nearest mean. ‖f − p_c‖² is linear in f but
 for a term that is the same for all classes; so it is a last layer with weight 2 p_c and bias −‖p_c‖², whose softmax
@@ -22,7 +22,8 @@ images that have it, and each image is drawn to those of all its findings; by th
 the image is nearer to the mean with it than to the mean without it.
 
 What leaves a site: for each class with at least ``floor`` training patients the sum of their features and the number of
-images. In clear the server so sees the mean feature of such a class at each site.
+images. In clear the server so sees the mean feature of such a class at each site. A hidden sum does not hide a class
+that one site alone sends: there sum and number are that site's own, and all sites get its mean as p_c.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import TRAINED, Leaf, Method, MethodParams, Op, draw_cohort
-from polyclinic.methods.local import load_own
+from polyclinic.methods.base import TRAINED, Leaf, Method, MethodParams, Op, draw_cohort, load_own
 from polyclinic.models.last_layer import last_layer
 from polyclinic.secure.sum import SecureSum
 from polyclinic.study import Study
@@ -155,8 +155,10 @@ def kept_where_missing(new: Means, last: Mapping[str, Tensor]) -> Means:
     """New means, and the last ones of classes that nobody sent."""
     if not last:
         return new
-    means = torch.where(new["held"][:, None], new["means"], last["means"])
-    return {"means": means, "held": new["held"] | last["held"]}
+    # A hidden sum's means lie on the CPU, those of a loaded state where the network is.
+    kept = {name: tensor.to(new["held"].device) for name, tensor in last.items()}
+    means = torch.where(new["held"][:, None], new["means"], kept["means"])
+    return {"means": means, "held": new["held"] | kept["held"]}
 
 
 def nearest_mean(means: Mapping[str, Tensor], classes: int) -> dict[str, Tensor]:

@@ -39,9 +39,8 @@ from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import Method, MethodParams, Op, draw_cohort
+from polyclinic.methods.base import Method, MethodParams, Op, draw_cohort, load_own
 from polyclinic.methods.fedgh import BATCH, MEANS
-from polyclinic.methods.local import load_own
 from polyclinic.models.taps import feature_size
 from polyclinic.models.weights import load_tensors, snapshot
 from polyclinic.secure.sum import SecureSum
@@ -87,6 +86,7 @@ class FedTGP(Method):
     exchanges = False
     mixed_networks = True
     personal = True
+    trained_at_home = True
     starts_global = False
 
     @classmethod
@@ -112,14 +112,15 @@ class FedTGP(Method):
         """Send prototypes, gather class means, train the prototypes on them."""
         study, classes = self.study, len(self.study.task.classes)
         bench = self.networks.of_site(channel.sites[0])
-        network = PrototypeNetwork(classes, feature_size(bench.model), derive_seed(study.seed, "prototypes"))
+        features = feature_size(bench.model)
+        network = PrototypeNetwork(classes, features, derive_seed(study.seed, "prototypes"))
         network.to(bench.device)
         state.groups.setdefault("network", snapshot(dict(network.named_parameters())))
         for number in state.rounds(study.method.rounds):
             cohort = draw_cohort(study, channel.sites, number)
             last = state.groups.get("prototypes", {})
             messages = dict.fromkeys(cohort, Message.pack({"prototypes": last}))
-            found = gathered(channel, "train", messages, "prototypes")
+            found = gathered(channel, "train", messages, classes, features)
             load_tensors(network, state.groups["network"])
             fit_prototypes(network, found, study.method, derive_seed(study.seed, "prototypes", number))
             state.groups["network"] = snapshot(dict(network.named_parameters()))
@@ -141,14 +142,6 @@ class FedTGP(Method):
         result = site.train(rule=drawn_to(prototypes, params.strength) if near else plain_step)
         site.state.save("personal", site.tensors)
         return Message.pack({"prototypes": means_of(*class_sums(site, params.floor))}, loss=result.loss)
-
-    def deployment(self, state: ServerState) -> Message:
-        """Nothing: sites have their own networks."""
-        return Message()
-
-    def deploy(self, site: Site, message: Message) -> None:
-        """Load the site's own network."""
-        load_own(site)
 
 
 class PrototypeNetwork(nn.Module):

@@ -32,9 +32,8 @@ from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import Method, MethodParams, Op, draw_cohort
+from polyclinic.methods.base import Method, MethodParams, Op, draw_cohort, load_own
 from polyclinic.methods.fedavg import UPDATE, add_update
-from polyclinic.methods.local import load_own
 from polyclinic.secure.sum import SecureSum
 from polyclinic.study import ModelSettings, Study
 from polyclinic.training import Step, StepRule
@@ -65,6 +64,7 @@ class FML(Method):
     exchanges = False
     mixed_networks = True
     personal = True
+    trained_at_home = True
     starts_global = False
 
     @classmethod
@@ -103,14 +103,6 @@ class FML(Method):
         site.state.save("personal", site.tensors)
         return Message.pack({"update": companion.update()}, loss=result.loss, **{"weight/update": site.weight})
 
-    def deployment(self, state: ServerState) -> Message:
-        """Nothing: sites have their own networks."""
-        return Message()
-
-    def deploy(self, site: Site, message: Message) -> None:
-        """Load the site's own network."""
-        load_own(site)
-
     def central(self, state: ServerState) -> tuple[ModelSettings, dict[str, Tensor]]:
         """The averaged companion."""
         return self.study.method.companion, state.groups["companion"]
@@ -131,8 +123,7 @@ def mutual(companion: Companion, study: Study) -> StepRule:
         with answering(companion.model) as theirs:
             its_loss = companion.loss(step)
         companion.follow(taught(its_loss, beta, theirs[0], own[0]))
-        loss = taught(loss, alpha, own[0], theirs[0])
-        loss.backward()  # type: ignore[no-untyped-call]
+        taught(loss, alpha, own[0], theirs[0]).backward()  # type: ignore[no-untyped-call]
         return loss
 
     return rule

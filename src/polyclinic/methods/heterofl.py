@@ -10,7 +10,8 @@ One family only: the network of a site is the leading block of the server's, ``m
 
 In a round a site gets its block, trains it and answers with what changed; the server adds to each entry the mean change
 over the sites of the round that hold it, weighted as the study says, and leaves the others. Logits of classes that a
-site lacks are set to 0 in its loss (multi-class), so that they are not trained away there.
+site lacks are set to 0 in its loss (multi-class), so that they are not trained away there; rows of the last layer are
+averaged over the sites that have their class, as in the published code.
 
 Not built: the paper's scaler, which multiplies a convolution's output by one over the width rate in training. Here a
 normalisation layer that does not see a common factor follows every convolution, so it would have no effect.
@@ -21,8 +22,11 @@ layer to layer. In a DenseNet channels are joined behind each other, in a Shuffl
 narrow one are not those of a wide one; ResNet, MobileNet and DenseNet do not fit into each other at all.
 
 With one network at all sites it is fedavg with local running statistics and masked logits, and works with every
-aggregation. With several, updates have different shapes and arrive one by one, so it takes plain alone. What leaves a
-site: the change of its block.
+aggregation. With several, updates have different shapes and arrive one by one, so it takes plain alone.
+
+What leaves a site: the change of its block and, where logits are masked, which classes it has (the rows of zeros would
+tell as much). A hidden sum shows the server the share of the weights that each class has, so of a class that one site
+alone has that site's weight and, undiluted, its row.
 """
 
 from __future__ import annotations
@@ -35,21 +39,26 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.errors import StudyError
+from polyclinic.federation.answers import accepted, check_arrays, checked
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.networks import SITE
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
 from polyclinic.methods.base import TRAINED, Leaf, Method, MethodParams, Op, draw_cohort, load_global
-from polyclinic.methods.fedavg import UPDATE, add_update, average_rounds, train_from
+from polyclinic.methods.fedavg import UPDATE, add_update, train_from
+from polyclinic.methods.lg_fedavg import head_names
+from polyclinic.models.last_layer import last_layer
 from polyclinic.models.normalisation import shared_names
 from polyclinic.models.weights import shared_tensors
-from polyclinic.secure.sum import SecureSum
+from polyclinic.secure.sum import SecureSum, Total
 from polyclinic.study import ModelSettings, Study
-from polyclinic.transfer.class_means import check_plain, nobody
+from polyclinic.transfer.class_means import check_plain
 
 WIDTHS = {"small-cnn": "width", "small-resnet": "width", "mobilenet": "options.alpha"}
 """Networks whose channels keep their place from layer to layer, and the setting that says how many there are."""
+RARE = 1e-4
+"""A class at sites of so small a share of the weights counts as nowhere: a hidden sum's zero has a rounding error."""
 
 
 class HeteroFLParams(MethodParams):
@@ -80,52 +89,62 @@ class HeteroFL(Method):
                 _check_family(site, settings, study.model)
 
     def check_networks(self, networks: Mapping[str, nn.Module]) -> None:
-        """Refuse a network that is not a leading block of the server's."""
+        """Refuse a network that is not a leading block of the server's, or whose last layer has no rows of classes."""
         whole = self.networks.of(self.study.model, SITE).model
         for site, model in networks.items():
             check_block(site, model, whole)
+        if self.masks:
+            last_layer(whole)
 
     def shared(self, model: nn.Module) -> list[str]:
         """All but running statistics."""
         return shared_names(model, "batch-local")
 
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
-        """With one network as fedavg; else send each site its block and average every entry over its holders."""
-        if not self.study.mixed:
-            yield from average_rounds(self, channel, state, sums)
-            return
+        """Send each site its block, average every entry over its holders."""
         for number in state.rounds(self.study.method.rounds):
             model = state.groups["model"]
             messages = {site: self._block(site, model) for site in draw_cohort(self.study, channel.sites, number)}
-            total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in model.items()}
-            weight = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in model.items()}
-            for _, reply in channel.stream("train", messages):
-                own = float(reply.scalars["weight/update"])
-                for name, change in reply.group("update").items():
-                    held = leading(change)
-                    total[name][held] += own * change
-                    weight[name][held] += own
-            if not any(bool(w.any()) for w in weight.values()):
-                raise nobody(channel, "train")
-            mean = {name: total[name] / torch.where(w > 0, w, 1.0) for name, w in weight.items()}
+            if self.study.mixed:
+                mean = self._over_holders(channel, messages, model)
+            else:
+                mean = self._over_all(sums.sum(channel, "train", messages))
             state.groups["model"] = add_update(model, mean)
             yield
 
     def ops(self) -> dict[str, Op]:
         """One op: train the received block."""
-        alone = (Leaf("update", "array", "images"), *TRAINED)
-        return {"train": Op(self.train, alone if self.study.mixed else UPDATE)}
+        update = (Leaf("update", "array", "images"), *TRAINED) if self.study.mixed else UPDATE
+        held = Leaf("classes", "array" if self.study.mixed else "sum", "labels", lanes=64)
+        return {"train": Op(self.train, (*update, held) if self.masks else update)}
 
     def train(self, site: Site, message: Message) -> Message:
-        """Train the received block with the logits of absent classes masked."""
-        received = load_global(site, message)
-        with masked(site.model, self.absent(site)):
-            return train_from(site, received)
+        """Train the received block with the logits of absent classes masked; their rows do not change."""
+        received, absent = load_global(site, message), self.absent(site)
+        with masked(site.model, absent):
+            reply = train_from(site, received)
+        if not self.masks:
+            return reply
+        held, update = (~absent).float(), reply.group("update")
+        # Weight decay moves rows that no loss reaches.
+        update |= {name: update[name] * by_row(held, update[name]) for name in head_names(site.model).values()}
+        groups = {"update": update, "classes": {"held": held}}
+        return Message.pack(groups, **reply.scalars, **{"weight/classes": site.weight})
+
+    @property
+    def masks(self) -> bool:
+        """Whether sites mask classes that they lack."""
+        return self.study.method.masked and self.study.task.kind == "multi-class"
+
+    @property
+    def head(self) -> list[str]:
+        """Where logits are masked, the tensors whose rows are classes: those of the last layer."""
+        return list(head_names(self.networks.of(self.study.model, SITE).model).values()) if self.masks else []
 
     def absent(self, site: Site) -> Tensor:
         """Classes whose logits are masked at a site, bool ``[K]``."""
         classes = len(site.task.classes)
-        if not self.study.method.masked or self.study.task.kind != "multi-class":
+        if not self.masks:
             return torch.zeros(classes, dtype=torch.bool)
         return torch.bincount(site.data.labels("train").cpu(), minlength=classes) == 0
 
@@ -140,10 +159,45 @@ class HeteroFL(Method):
     def _block(self, site: str, model: Mapping[str, Tensor]) -> Message:
         return cut(model, self.networks.of_site(site).tensors)
 
+    def _over_all(self, total: Total) -> dict[str, Tensor]:
+        """The mean update, of rows over the sites that have their class; zero where there is none."""
+        mean = total.mean("update")
+        if self.masks:
+            share = total.sums["classes"]["held"] / total.weights["classes"]
+            share = torch.where(share > RARE, share, torch.inf)
+            mean |= {name: mean[name] / by_row(share, mean[name]) for name in self.head}
+        return mean
+
+    def _over_holders(
+        self, channel: Channel, messages: Mapping[str, Message], model: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The same entry by entry, of blocks of different sizes."""
+        head = self.head
+        wanted = {"held": torch.empty(len(self.study.task.classes))} if self.masks else {}
+
+        def read(site: str, reply: Message) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
+            classes = reply.group("classes")
+            check_arrays(site, "classes", wanted, classes)
+            return *checked(site, "update", messages[site].group("model"), reply), classes
+
+        total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in model.items()}
+        weight = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in model.items()}
+        for _, (update, own, classes) in accepted(channel, "train", messages, read):
+            for name, change in update.items():
+                block = leading(change)
+                total[name][block] += own * change
+                weight[name][block] += own * by_row(classes["held"] > 0, change) if name in head else own
+        return {name: total[name] / torch.where(w > 0, w, 1.0) for name, w in weight.items()}
+
 
 def leading(tensor: Tensor) -> tuple[slice, ...]:
     """Where a block lies in a tensor that is at least as large in every direction."""
     return tuple(slice(0, size) for size in tensor.shape)
+
+
+def by_row(values: Tensor, like: Tensor) -> Tensor:
+    """Values of rows, ``[K]``, in the shape in which they multiply ``like``, ``[K, ...]``, and where that is."""
+    return values.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def cut(model: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Message:

@@ -12,12 +12,13 @@ images of the round (their labels are not used) and coefficients c, ``K x K``, w
 Fitted means T^2 KL(target || softmax(z / T)). The penalty, rho = 0.7, keeps sites from listening to themselves alone,
 where the first term is zero.
 
-Ours: the step is the exact minimum of L_k along its gradient (L_k is quadratic), where the code searches for a step. A
-site that was absent keeps its row; its target is mixed from the sites that answered, with its coefficients for these
-scaled to sum to 1. A round begins with the target of the round before, so that a site is called once a round and what
-it deploys was trained on its own images last. In batch normalisation a site's running statistics stand still while it
-learns from public images. With findings that do not exclude each other, sigmoid(z / T) for softmax and the Bernoulli
-KL.
+Ours: what is fitted is summed over the C classes and has the factor T^2, where the code takes the mean over images and
+classes without it: 100 C times less at T = 10. The step is the exact minimum of L_k along its gradient (L_k is
+quadratic), where the code searches for a step. A site that was absent keeps its row; its target is mixed from the sites
+that answered, with its coefficients for these scaled to sum to 1. A round begins with the target of the round before,
+so that a site is called once a round and what it deploys was trained on its own images last. In batch normalisation a
+site's running statistics stand still while it learns from public images. With findings that do not exclude each other,
+sigmoid(z / T) for softmax and the Bernoulli KL, averaged over findings.
 
 Leaves a site: its softened probabilities of the round's images, ``m x classes`` values, and two losses. Comes to a
 site: its own target, of the same size. The coefficients stay at the server, which learns from them which sites are
@@ -38,11 +39,10 @@ from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import Leaf, Method, MethodParams, Op, draw_cohort
-from polyclinic.methods.local import load_own
+from polyclinic.methods.base import Method, MethodParams, Op, draw_cohort, load_own
 from polyclinic.secure.sum import SecureSum
 from polyclinic.study import Study
-from polyclinic.transfer.proxy_logits import DigestSettings, ProxyRound, answers, check_public, digest
+from polyclinic.transfer.proxy_logits import ANSWERS, DigestSettings, ProxyRound, answers, check_public, digest
 from polyclinic.transfer.soft_targets import distillation, soft
 
 
@@ -72,6 +72,7 @@ class KTpFL(Method):
     exchanges = False
     mixed_networks = True
     personal = True
+    trained_at_home = True
     starts_global = False
 
     @classmethod
@@ -82,10 +83,10 @@ class KTpFL(Method):
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
         """Gather probabilities, learn who should listen to whom, mix each site's target."""
         if state.finished == 0:
-            agree_on_proxies(channel, self.study)
             count = len(channel.sites)
             state.groups["coefficients"] = {"matrix": torch.full((count, count), 1 / count, dtype=torch.float64)}
         for number in state.rounds(self.study.method.rounds):
+            agree_on_proxies(channel, self.study, state)
             cohort = draw_cohort(self.study, channel.sites, number)
             targets = state.groups.get("targets", {})
             own = {s: {"probabilities": targets[s]} if s in targets else {} for s in cohort}
@@ -99,16 +100,7 @@ class KTpFL(Method):
 
     def ops(self) -> dict[str, Op]:
         """Agree on the public images; learn, train, answer."""
-        losses = (Leaf("loss", "scalar", "images"), Leaf("digest", "scalar", "images"))
-        return {**PROXY_OPS, "train": Op(self.train, (Leaf("answers", "array", "images"), *losses))}
-
-    def deployment(self, state: ServerState) -> Message:
-        """Nothing: sites have their own."""
-        return Message()
-
-    def deploy(self, site: Site, message: Message) -> None:
-        """Load the site's own model."""
-        load_own(site)
+        return {**PROXY_OPS, "train": Op(self.train, ANSWERS)}
 
     def train(self, site: Site, message: Message) -> Message:
         """The last round's target first, then the site's own images; answer with softened probabilities."""

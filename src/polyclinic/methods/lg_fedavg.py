@@ -26,9 +26,8 @@ from polyclinic.federation.message import Message
 from polyclinic.federation.networks import Networks
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import Method, MethodParams, Op, draw_cohort
+from polyclinic.methods.base import Method, MethodParams, Op, draw_cohort, load_own
 from polyclinic.methods.fedavg import UPDATE, add_update
-from polyclinic.methods.local import load_own
 from polyclinic.models.last_layer import last_layer
 from polyclinic.secure.sum import SecureSum
 from polyclinic.study import Study

@@ -9,7 +9,7 @@ from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import Leaf, Method, MethodParams, Op, draw_cohort
+from polyclinic.methods.base import Leaf, Method, MethodParams, Op, draw_cohort, load_own
 from polyclinic.secure.sum import SecureSum
 
 
@@ -28,6 +28,7 @@ class Local(Method):
     exchanges = False
     mixed_networks = True
     personal = True
+    trained_at_home = True
     starts_global = False
 
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
@@ -41,14 +42,6 @@ class Local(Method):
         """One op: train the site's own model."""
         return {"train": Op(train_own, (Leaf("loss", "scalar", "images"),))}
 
-    def deployment(self, state: ServerState) -> Message:
-        """Nothing: sites have their own."""
-        return Message()
-
-    def deploy(self, site: Site, message: Message) -> None:
-        """Load the site's own model."""
-        load_own(site)
-
 
 def train_own(site: Site, message: Message) -> Message:
     """Train the site's own model and keep it."""
@@ -56,9 +49,3 @@ def train_own(site: Site, message: Message) -> Message:
     result = site.train()
     site.state.save("personal", site.tensors)
     return Message(scalars={"loss": result.loss})
-
-
-def load_own(site: Site) -> None:
-    """Load the site's own model, or the start weights before its first training."""
-    kept = site.state.load("personal")
-    site.load(kept[0] if kept else site.initial)

@@ -20,9 +20,12 @@ L_X is the study's loss, L_N the cross-entropy of a second head over the natural
 ``transfer.hypergradient``; L_k is computed in ``transfer.site_lessons`` and L_G in ``transfer.central``. X-rays and
 natural images pass in batches of their own, with running statistics of their own (``models.domain_statistics``).
 
-A site that is absent keeps its model, the server keeps its matching for it, and pi sums to one over those who answered.
+A site that is absent keeps its model, the server keeps its matching for it, and pi sums to one over those who answered;
+where nobody answered the run stops. An answer of other tensors than the site's network has, or with a number that is
+not finite, is none.
 
-Travels to a site, from round t_warm on: all of G but its second head; its running statistics are of natural images.
+Travels to a site, from round t_warm on: all of G but its second head, its running statistics being of natural images,
+and whether G has learnt the study's classes (``taught``), before which its soft outputs are left out.
 Leaves a site: its loss, its weight, and all of its network but the second head, with running statistics of natural
 images in the place of its own. With ``transport: vectors`` instead, both ways: for each natural image of the round the
 taps' means over space, and the logits. All in float16. Never: running statistics, features, labels or outputs of a
@@ -34,20 +37,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polyclinic.data.dataset import SiteData
-from polyclinic.data.proxies import PROXY_OPS, Proxies, agree_on_proxies, load_proxies
+from polyclinic.data.proxies import PROXY_OPS, Proxies, agree_on_proxies
 from polyclinic.errors import StudyError
+from polyclinic.federation.answers import accepted, checked
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site, Workbench
 from polyclinic.federation.state import ServerState
-from polyclinic.methods.base import TRAINED, Leaf, Method, Op, draw_cohort
-from polyclinic.methods.local import load_own
+from polyclinic.methods.base import TRAINED, Leaf, Method, Op, draw_cohort, load_own
 from polyclinic.models.domain_statistics import NaturalStatistics
 from polyclinic.models.weights import load_tensors
 from polyclinic.secure.sum import SecureSum
@@ -58,8 +62,8 @@ from polyclinic.transfer.held_out import held_out
 from polyclinic.transfer.natimg_settings import NatIMGFLParams
 from polyclinic.transfer.proxy_logits import check_public
 from polyclinic.transfer.site_lessons import SiteLessons
-from polyclinic.transfer.teachers import NetworkTeacher, Shape, Teacher, VectorTeacher, vectors
-from polyclinic.transfer.wire import halved
+from polyclinic.transfer.teachers import NetworkTeacher, Shape, Teacher, VectorTeacher, like_vectors, vectors
+from polyclinic.transfer.wire import halved, widened
 
 CENTRAL, TEACHER = "central", "teacher"
 """Roles of networks: the one that the server trains, and those that are asked."""
@@ -75,6 +79,7 @@ class NatIMGFL(Method):
     needs = "proxies: public images with labels, and networks that name their taps"
     mixed_networks = True
     personal = True
+    trained_at_home = True
     starts_global = False
 
     @classmethod
@@ -103,24 +108,34 @@ class NatIMGFL(Method):
         self.parts(data)
 
     def server(self, channel: Channel, state: ServerState, sums: SecureSum) -> Iterator[None]:
-        """Agree on the natural images; each round send G, gather what sites learnt, train G."""
-        proxies = agree_on_proxies(channel, self.study) if state.finished == 0 else load_proxies(self.study)
+        """Each round agree on the natural images, send G, gather what sites learnt, train G."""
         params = self.study.method
-        if "central" not in state.groups:
-            self._central(proxies, 0).begin(state)
         for number in state.rounds(params.rounds):
-            message = Message()
-            if params.to_sites(number):
-                message = Message.pack({"central": self._sent(state.groups["central"], proxies, number)})
-            replies = channel.call("train", dict.fromkeys(draw_cohort(self.study, channel.sites, number), message))
-            weights = {site: float(reply.scalars["weight/network"]) for site, reply in replies.items()}
-            teachers = {
-                site: self.teacher(self.study.model_of(site), reply.group("network"), proxies, number)
-                for site, reply in replies.items()
-                if params.to_central and weights[site] > 0
-            }
-            self._central(proxies, number).train(state, teachers, {site: weights[site] for site in teachers})
+            proxies = agree_on_proxies(channel, self.study, state)
+            if "central" not in state.groups:
+                self._central(proxies, 0).begin(state)
+            self._round(channel, state, proxies, number)
             yield
+
+    def _round(self, channel: Channel, state: ServerState, proxies: Proxies, number: int) -> None:
+        """One round. Networks of sites are held in here alone, not while the next round trains."""
+        params, message = self.study.method, Message()
+        if params.to_sites(number):
+            sent = self._sent(state.groups["central"], proxies, number)
+            message = Message.pack({"central": sent}, taught=bool(state.scalars.get("taught")))
+        cohort = draw_cohort(self.study, channel.sites, number)
+        like = {site: self._answer(site, proxies, number) for site in cohort}
+        teachers: dict[str, Teacher] = {}
+        weights: dict[str, float] = {}
+        for site, (received, weight) in accepted(
+            channel, "train", dict.fromkeys(cohort, message), lambda s, reply: checked(s, "network", like[s], reply)
+        ):
+            if params.to_central and weight > 0:
+                teachers[site] = self.teacher(self.study.model_of(site), received, proxies, number)
+                weights[site] = weight
+        self._central(proxies, number).train(state, teachers, weights)
+        if teachers and params.teaches_classes:
+            state.scalars["taught"] = True
 
     def ops(self) -> dict[str, Op]:
         """Agree on the natural images; train."""
@@ -131,11 +146,14 @@ class NatIMGFL(Method):
         params, proxies = self.study.method, site.proxies
         load_own(site)
         received = message.group("central")
-        teacher = self.teacher(self.central_settings, received, proxies, site.round) if received else None
+        teacher = None
+        if received:
+            # Widened once, as it speaks in every step.
+            wide = widened(received, site.state.device)
+            teacher = self.teacher(self.central_settings, wide, proxies, site.round)
         drawn = self.drawn(proxies, site.round)
         lessons = SiteLessons(site, params, Shape.of(site.model, self.study.data.image), drawn, self.parts(site.data))
-        result = lessons.train(teacher)
-        site.state.save("personal", site.tensors)
+        result = lessons.train(teacher, soft=bool(message.scalars.get("taught")))
         sent: Tensors = {}
         if params.to_central and params.transport == "vectors":
             lessons.catch_up()
@@ -150,18 +168,9 @@ class NatIMGFL(Method):
         """No tensor is everybody's: each network travels by itself."""
         return []
 
-    def deployment(self, state: ServerState) -> Message:
-        """Nothing: sites have their own."""
-        return Message()
-
-    def deploy(self, site: Site, message: Message) -> None:
-        """Load the site's own model."""
-        load_own(site)
-
     def central(self, state: ServerState) -> tuple[ModelSettings, Tensors] | None:
         """G, where it has learnt the study's classes. Its running statistics are those of natural images."""
-        taught = self.study.method.to_central and self.study.method.eta_server > 0
-        return (self.central_settings, state.groups["central"]) if taught else None
+        return (self.central_settings, state.groups["central"]) if state.scalars.get("taught") else None
 
     def records(self, state: ServerState) -> dict[str, Any]:
         """Of each round what the central model learnt, and the mean weights of its matching with each site."""
@@ -178,7 +187,15 @@ class NatIMGFL(Method):
         params = self.study.method
         if not params.holds_out():
             return None
-        return held_out(data, params.held_out, generator(self.study.seed, data.site, "held-out patients"))
+        if data.site not in self._parts:
+            rng = generator(self.study.seed, data.site, "held-out patients")
+            self._parts[data.site] = held_out(data, params.held_out, rng)
+        return self._parts[data.site]
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By site: the same in every round."""
+        return {}
 
     def drawn(self, proxies: Proxies, number: int) -> Tensor:
         """Positions of the natural images that a round trains on, int64 and sorted: the same at server and sites."""
@@ -195,6 +212,15 @@ class NatIMGFL(Method):
         if self.study.method.transport == "vectors":
             return VectorTeacher(sent, self.drawn(proxies, number), bench.device)
         return NetworkTeacher(bench.model, sent, Shape.of(bench.model, self.study.data.image))
+
+    def _answer(self, site: str, proxies: Proxies, number: int) -> Tensors:
+        """Tensors of the names and shapes of what a site sends; their values say nothing."""
+        if not self.study.method.to_central:
+            return {}
+        bench = self.networks.of(self.study.model_of(site), TEACHER)
+        if self.study.method.transport == "weights":
+            return bench.tensors
+        return like_vectors(Shape.of(bench.model, self.study.data.image), len(self.drawn(proxies, number)))
 
     @property
     def _size(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from polyclinic.errors import DataError
+from polyclinic.errors import DataError, SiteError
 from polyclinic.federation.channel import Channel, Traffic
 from polyclinic.federation.message import Message
 
@@ -95,3 +95,7 @@ class Recorder:
     def call(self, op: str, messages: Mapping[str, Message]) -> dict[str, Message]:
         """Gather ``stream``."""
         return dict(self.stream(op, messages))
+
+    def refuse(self, site: str, error: SiteError) -> None:
+        """Count a site that answered as failed; its answer was seen all the same."""
+        self._channel.refuse(site, error)

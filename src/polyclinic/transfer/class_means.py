@@ -6,6 +6,10 @@ are ours: the papers have one class an image.
 
 A mean over few patients tells their features, which for a small network is much of their images. So a row leaves a site
 from ``floor`` training patients on; of smaller ones nothing leaves, not even the count.
+
+The floor is that of each row by itself. Where rows overlap (multi-label), it does not hold for their differences: if
+finding A has the patients of B and one more, the difference of the two sums is that one's features. Nothing is done
+about it: without one row of such a pair, sums and differences of three rows and more would still tell.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyclinic.errors import SiteError, StudyError
+from polyclinic.errors import StudyError
+from polyclinic.federation.answers import accepted, check_arrays
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Site
@@ -92,32 +97,34 @@ def drawn_to(means: Means, strength: float) -> StepRule:
         centres, held = (means[key].to(loss.device) for key in ("means", "held"))
         pairs = membership(step.batch.targets, len(held))
         apart = (seen[0].float()[:, None] - centres[None]).square().mean(2)
-        loss = loss + strength * (pairs * held * apart).sum() / pairs.sum().clamp(min=1)
-        loss.backward()  # type: ignore[no-untyped-call]
+        total = loss + strength * (pairs * held * apart).sum() / pairs.sum().clamp(min=1)
+        total.backward()  # type: ignore[no-untyped-call]
         return loss
 
     return rule
 
 
-def gathered(channel: Channel, op: str, messages: Mapping[str, Message], group: str) -> dict[str, dict[str, Tensor]]:
-    """Call sites and gather a group of arrays of their replies, by site in the order of the roster.
+def gathered(channel: Channel, op: str, messages: Mapping[str, Message], rows: int, features: int) -> dict[str, Means]:
+    """Call sites and gather the means that they answer with (``prototypes``), by site in the order of the roster.
+
+    Args:
+        channel: To the sites.
+        op: Which op.
+        messages: By site.
+        rows: R.
+        features: F.
 
     Raises:
-        SiteError: No site answered, or an answer is not finite.
+        SiteError: As ``accepted``; an answer is one of means ``[R, F]``, finite, and which of them there are.
     """
-    found = {site: reply.group(group) for site, reply in channel.stream(op, messages)}
-    if not found:
-        raise nobody(channel, op)
-    for site, own in found.items():
-        if not all(bool(tensor.isfinite().all()) for tensor in own.values()):
-            raise SiteError(f"site {site!r} answered {op!r} with numbers that are not finite. Lower training.lr.")
-    return found
+    like = {"means": torch.empty(rows, features, device="meta"), "held": torch.empty(rows, device="meta")}
 
+    def read(site: str, reply: Message) -> Means:
+        own = reply.group("prototypes")
+        check_arrays(site, "prototypes", like, own)
+        return own
 
-def nobody(channel: Channel, op: str) -> SiteError:
-    """The error of a round in which no site answered."""
-    reasons = "; ".join(f"{site}: {reason}" for site, reason in channel.absent.items())
-    return SiteError(f"no site answered {op!r} in round {channel.round} ({reasons or 'none was asked'}).")
+    return dict(accepted(channel, op, messages, read))
 
 
 def equal_features(method: str, networks: Mapping[str, nn.Module]) -> None:

@@ -7,12 +7,14 @@ Of a source S with M maps and a target T with N maps, on the same images x::
 - r: 1x1 convolutions from the channels of a target map to those of the source maps; they learn with the target.
 - S̄: source maps, each channel standardised over the batch, resized to the target map. No gradient.
 - w, *what*: a softmax over the channels of a source map, by a small network that sees the means of S̄ₘ(x).
-- λ, *where*: how much a pair of maps counts, linear in the same means, between 0.05 and 6, about 1 at first.
+- λ, *where*: how much a pair of maps counts, by the same means; a sigmoid between 0.05 and 6, about 1 at first.
+
+Where only means over space are known of a source, those of the target are matched with them: Tₙ is then one pixel.
 
 After Jang, Lee, Hwang, Shin: Learning what and where to transfer. ICML 2019. arXiv 1905.05901. Ours: the factor 1/(M N)
 and S̄, so that one weight of D means the same for all pairs of networks; the narrow layer of the channel networks;
-λ never below 0.05, where no pair could come back; ``attention``, which is near to Ji, Heo, Park: Show, attend and
-distill, AAAI 2021 (arXiv 2102.02973): λ from a likeness of source and target, learned by D itself.
+λ by a sigmoid, where ReLU6 gives a pair that has reached 0 no way back; ``attention``, which is near to Ji, Heo, Park:
+Show, attend and distill, AAAI 2021 (arXiv 2102.02973): λ from a likeness of source and target, learned by D itself.
 """
 
 from __future__ import annotations
@@ -44,10 +46,16 @@ class Source:
     Attributes:
         goals: S̄ as it is to be matched, by the size of the target map.
         means: Of S̄ over space, ``[B, ΣC]``.
+        pooled: Whether the source's maps were means over space, so that the target's are to be as well.
     """
 
     goals: dict[Size, Goal]
     means: Tensor
+    pooled: bool
+
+    def like(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The target's maps as they are matched: ``[B, c, H, W]``, of one pixel where the source is pooled."""
+        return [_point(part) if self.pooled else _map(part) for part in maps]
 
 
 class ChannelWeights(nn.Module):
@@ -71,7 +79,7 @@ class ChannelWeights(nn.Module):
 
 
 class LayerWeights(nn.Module):
-    """``u·g + 1``, cut to 0.05..6, for each pair of maps."""
+    """``0.05 + 5.95 sigmoid(u·g + b)`` for each pair of maps; about 1 at first."""
 
     def __init__(self, source: Sequence[int], targets: int) -> None:
         super().__init__()
@@ -80,12 +88,12 @@ class LayerWeights(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, nn.Linear)
             nn.init.normal_(layer.weight, std=_START / math.sqrt(layer.in_features))
-            nn.init.ones_(layer.bias)
+            nn.init.constant_(layer.bias, math.log((1 - LEAST) / (MOST - 1)))
 
     def forward(self, means: Tensor) -> Tensor:
         """``[B, N, M]``."""
         parts = zip(torch.split(means, self.source, 1), self.layers, strict=True)
-        return torch.stack([layer(part) for part, layer in parts], 2).clamp(LEAST, MOST)
+        return LEAST + (MOST - LEAST) * torch.stack([layer(part) for part, layer in parts], 2).sigmoid()
 
 
 class Attention(nn.Module):
@@ -149,12 +157,15 @@ class Matching(nn.Module):
         """Standardise the maps of a source and resize them to those of the target.
 
         Args:
-            maps: ``[B, c, *spatial]`` or ``[B, c]``, one for each source map, on images that ``like`` is of as well.
+            maps: ``[B, c, *spatial]``, one for each source map, on images that ``like`` is of as well; or ``[B, c]``,
+                their means over space.
             like: The target's maps, for their sizes.
         """
         flat = [_standardised(_map(part)) for part in maps]
-        sizes = dict.fromkeys(_size(_map(part)) for part in like)
-        return Source({size: goal(flat, size) for size in sizes}, torch.cat([part.mean((2, 3)) for part in flat], 1))
+        pooled = all(part.ndim == 2 for part in maps)
+        sizes = [(1, 1)] if pooled else dict.fromkeys(_size(_map(part)) for part in like)
+        means = torch.cat([part.mean((2, 3)) for part in flat], 1)
+        return Source({size: goal(flat, size) for size in sizes}, means, pooled)
 
     def errors(self, source: Source, maps: Sequence[Tensor]) -> Tensor:
         """Mean squared error of every pair and channel, by image: ``[B, N, ΣC]``, no weight in it.
@@ -164,9 +175,9 @@ class Matching(nn.Module):
             maps: The target's, with gradients.
         """
         found = []
-        for part, regressor in zip(maps, self.regressors, strict=True):
+        for part, regressor in zip(source.like(maps), self.regressors, strict=True):
             assert isinstance(regressor, nn.Linear)
-            part = _wide(_map(part))
+            part = _wide(part)
             found.append(pair_errors(part, regressor.weight, regressor.bias, source.goals[_size(part)]))
         return torch.stack(found, 1)
 
@@ -194,7 +205,7 @@ class Matching(nn.Module):
         if self.where is not None:
             found = self.where(source.means)
         elif self.attention is not None:
-            pooled = [_standardised(_map(part.detach())).mean((2, 3)) for part in maps]
+            pooled = [_standardised(part.detach()).mean((2, 3)) for part in source.like(maps)]
             found = self.attention(source.means, pooled)
         return found
 
@@ -205,9 +216,9 @@ class Matching(nn.Module):
             return (self.errors(source, maps) * products).sum((1, 2)).mean()
         products = products.detach().expand(-1, len(self.target), -1)
         each = []
-        for number, (part, regressor) in enumerate(zip(maps, self.regressors, strict=True)):
+        for number, (part, regressor) in enumerate(zip(source.like(maps), self.regressors, strict=True)):
             assert isinstance(regressor, nn.Linear)
-            part = _wide(_map(part))
+            part = _wide(part)
             wanted = source.goals[_size(part)]
             each.append(matched(part, regressor.weight, regressor.bias, products[:, number], wanted))
         return torch.stack(each).sum()
@@ -218,19 +229,24 @@ class Matching(nn.Module):
 
         Returns:
             ``where`` ``[M, N]``: mean λ. ``entropy`` ``[M, N]``: mean entropy of w over its largest value, 0..1.
-            ``floor``: share of the λ that lie at their lower bound.
+            ``floor``: share of the λ near their lower bound, below 0.1.
         """
         where = self._where(source, maps)
         if where is None:
             where = source.means.new_ones(1, len(self.target), len(self.source))
         parts = torch.split(self._what(source).expand(-1, len(self.target), -1), self.source, 2)
         entropy = [torch.special.entr(part).sum(2).mean(0) / math.log(max(part.shape[2], 2)) for part in parts]
-        return {"where": where.mean(0).T, "entropy": torch.stack(entropy), "floor": (where <= LEAST).float().mean()}
+        return {"where": where.mean(0).T, "entropy": torch.stack(entropy), "floor": (where < 2 * LEAST).float().mean()}
 
 
 def _map(values: Tensor) -> Tensor:
     """A map with two axes of space: pooled vectors are maps of one pixel."""
     return values if values.ndim == 4 else values[:, :, None, None] if values.ndim == 2 else values.flatten(3)
+
+
+def _point(values: Tensor) -> Tensor:
+    """A map of one pixel: its mean over space."""
+    return _wide(_map(values)).mean((2, 3), keepdim=True)
 
 
 def _size(values: Tensor) -> Size:

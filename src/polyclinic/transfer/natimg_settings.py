@@ -62,7 +62,7 @@ class NatIMGFLParams(MethodParams):
     """Learned weights: steps between two of theirs."""
     xi: float | None = Field(None, gt=0)
     """Learned weights: size of a virtual step; empty: the round's learning rate for sgd, 0.05 for adam."""
-    meta_lr: float = Field(1e-3, ge=0)
+    meta_lr: float = Field(3e-3, ge=0)
     """Learned weights: rate of their Adam."""
     held_out: float = Field(0.1, gt=0, le=0.5)
     """Learned weights: share of a site's training images, by patients, that is not trained on but judges them."""
@@ -77,10 +77,10 @@ class NatIMGFLParams(MethodParams):
         """Whether the central model learns from sites."""
         return self.direction != "to-sites" and self.server_steps > 0 and bool(self.beta_server or self.eta_server)
 
-    def soft(self, number: int) -> float:
-        """eta of a round: nothing before the central model has learnt the study's classes."""
-        known = self.to_central and self.eta_server > 0 and number > 1
-        return self.eta if known and self.to_sites(number) else 0.0
+    @property
+    def teaches_classes(self) -> bool:
+        """Whether sites that answer teach the central model the study's classes."""
+        return self.to_central and self.eta_server > 0
 
     def to_sites(self, number: int) -> bool:
         """Whether sites learn from the central model in a round."""

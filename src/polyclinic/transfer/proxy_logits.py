@@ -6,7 +6,7 @@ draw the same ones from the study's seed and the number of the round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from polyclinic.data.batches import proxy_batches
-from polyclinic.data.proxies import Proxies
+from polyclinic.data.proxies import Proxies, agree_on_proxies
 from polyclinic.errors import SiteError, StudyError
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
-from polyclinic.federation.site import Site
+from polyclinic.federation.site import Leaf, Site
+from polyclinic.federation.state import ServerState
+from polyclinic.methods.base import Method, draw_cohort
 from polyclinic.models.normalisation import running_statistics_used
 from polyclinic.seeds import derive_seed, generator
 from polyclinic.settings import Settings
@@ -27,6 +29,13 @@ from polyclinic.training import fit, learning_rate, trained_parameters
 
 TargetLoss = Callable[[Tensor, Tensor], Tensor]
 """``loss(logits, rows)`` of a batch of a round's images: float32 ``[B, K]`` and their rows in it, int64 ``[B]``."""
+
+ANSWERS = (
+    Leaf("answers", "array", "images"),
+    Leaf("loss", "scalar", "images"),
+    Leaf("digest", "scalar", "images"),
+)
+"""Leaves of a site that learns from the others, trains, and answers on public images."""
 
 
 class DigestSettings(Settings):
@@ -189,3 +198,13 @@ def mean_answer(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The mean over sites of each array, every site with equal weight; added in float64, given in float32."""
     names = next(iter(found.values()))
     return {name: torch.stack([own[name].double() for own in found.values()]).mean(0).float() for name in names}
+
+
+def mean_rounds(method: Method, channel: Channel, state: ServerState) -> Iterator[None]:
+    """The server's side of methods whose sites get the mean of the last round's answers, as the group ``targets``."""
+    for number in state.rounds(method.study.method.rounds):
+        agree_on_proxies(channel, method.study, state)
+        cohort = draw_cohort(method.study, channel.sites, number)
+        message = Message.pack({"targets": state.groups.get("targets", {})})
+        state.groups["targets"] = mean_answer(answers(channel, "train", dict.fromkeys(cohort, message)))
+        yield

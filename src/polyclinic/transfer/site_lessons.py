@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from polyclinic.data.augment import augment
+from polyclinic.data.batches import balanced_batches
 from polyclinic.federation.site import Site
 from polyclinic.models.domain_statistics import NaturalStatistics, estimate_statistics, natural
 from polyclinic.models.taps import tapped
@@ -63,7 +64,9 @@ class SiteLessons:
         self._public = PublicBatches(site.proxies, drawn, self._seed, changes, device)
         first = derive_seed(study.seed, site.name, "natimg-fl")
         classes = len(site.proxies.classes)
-        self.pupil = Pupil(site.model, shape, classes, params.alignment, NaturalStatistics.of(site.model), first)
+        # Not from the loaded network, whose statistics are those of patients' images after its first training.
+        begun = NaturalStatistics({n: site.initial[n].clone() for n in NaturalStatistics.of(site.model).tensors})
+        self.pupil = Pupil(site.model, shape, classes, params.alignment, begun, first)
         self.pupil.mixed = study.training.amp and device.type == "cuda"
         self._first = first
         self._kept, scalars = site.state.load(_KEY) or ({}, {})
@@ -78,17 +81,18 @@ class SiteLessons:
         """The network's running statistics for public images."""
         return self.pupil.statistics.tensors
 
-    def train(self, teacher: Teacher | None) -> TrainingResult:
+    def train(self, teacher: Teacher | None, *, soft: bool) -> TrainingResult:
         """Train as ``local`` does, with the loss at the head of this file.
 
         Args:
             teacher: The central model; None: the round goes without it.
+            soft: Whether it has learnt the study's classes, so that its soft outputs count.
         """
         site, params = self.site, self.params
         mix = Mix(
             params.alpha_of(site.round),
             params.beta if teacher else 0.0,
-            params.soft(site.round) if teacher else 0.0,
+            params.eta if teacher and soft else 0.0,
             params.temperature,
             site.task.kind == "multi-label",
         )
@@ -108,11 +112,12 @@ class SiteLessons:
         return site.train(rule=rule, among=None if self._parts is None else self._parts[0])
 
     def save(self) -> None:
-        """Remember everything, and write what the weights look like into the site's own folder."""
+        """Remember network and all beside it, and write what the weights look like into the site's own folder."""
         site = self.site
         record = {"round": site.round, **self._tally.means(), **self._looks()}
         history = [*self._history, record]
         site.state.save(_KEY, {**self._kept, **self._memory.tensors()}, history=json.dumps(history))
+        site.state.save("personal", site.tensors)
         told = {"site": site.name, "levels": list(self.shape.levels), "rounds": history}
         folder = RunFolder(site.folder / "transfer")
         folder.guard(lambda: folder.path.mkdir(parents=True, exist_ok=True))
@@ -165,12 +170,16 @@ class SiteLessons:
         )
 
     def _judges(self, step: Step) -> Batch:
-        """Images of patients that are not trained on, at most as many as in the step."""
+        """Images of patients that are not trained on, at most as many as in the step, balanced as training is."""
         assert self._parts is not None
-        held, data = self._parts[1], self.site.data
+        held, data = self._parts[1].numpy(), self.site.data
         rng = generator(step.seed, "judges", step.number)
         count = min(len(held), max(2, len(step.batch.targets)))
-        chosen = torch.from_numpy(rng.choice(held.numpy(), count, replace=False))
+        if self.site.study.training.balanced:
+            drawn = next(balanced_batches(held, data.targets[held].numpy(), rng, count))
+        else:
+            drawn = rng.choice(held, count, replace=False)
+        chosen = torch.from_numpy(drawn)
         draws = torch.Generator().manual_seed(derive_seed(step.seed, "augment judges", step.number))
         inputs, _ = augment(data.inputs(chosen), None, self.site.study.training.augment, draws)
         device = step.batch.inputs.device
