@@ -14,8 +14,9 @@ from polyclinic.transfer.meta_step import MetaStep
 from polyclinic.transfer.natimg_settings import NatIMGFLParams
 from polyclinic.transfer.pupil import Pupil
 
-_META_DECAY = 1e-4
-"""Weight decay of the meta-networks (Jang et al., ICML 2019)."""
+_META_EPS = 1e-12
+"""Adam's, for the meta-networks. Their gradients are products of two small ones, down to 1e-9: the usual 1e-8 would
+hold them still, and a weight decay, as Jang et al. (ICML 2019) have it, would be all that moves them."""
 _VIRTUAL = 0.05
 """Size of a virtual step where the optimizer is no plain gradient descent, whose rate would say something."""
 
@@ -37,9 +38,7 @@ class Memory:
     def __init__(self, pupil: Pupil, settings: TrainingSettings, lr: float, meta_lr: float) -> None:
         self._pupil, self._settings, self._lr = pupil, settings, lr
         self.beside = Kept(pupil.beside(), lambda moved: make_optimizer(moved, settings, lr), settings.clip)
-        self.meta = Kept(
-            pupil.meta(), lambda moved: torch.optim.Adam(moved, lr=meta_lr, weight_decay=_META_DECAY, fused=True)
-        )
+        self.meta = Kept(pupil.meta(), lambda moved: torch.optim.Adam(moved, lr=meta_lr, eps=_META_EPS, fused=True))
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what ``tensors`` gave; what it does not hold is as it was made."""
