@@ -60,6 +60,7 @@ def ablations(kind: str) -> dict[str, Changes]:
     """What is changed of natimg-fl with uniform weights; numbers are those of the fact sheet."""
     random = from_random(kind)
     own = {
+        "A6: uniform, as many kept apart": {"weights": "learned", "meta_lr": 0.0},
         "A2: proxies only": {"alpha": 0.0, "gamma": 0.0},
         "A3: auxiliary task only": {"beta": 0.0, "eta": 0.0, "server_steps": 0},
         "A4: no alignment": {"gamma": 0.0},

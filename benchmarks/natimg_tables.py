@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cell_runs import Cell
 from comparisons import value_cell
 from natimg_arms import ABLATIONS, LEARNED, LOCAL, NOISE, POOLED, PRETRAINED, RANDOM, UNIFORM
 from natimg_bytes import bytes_table
-from natimg_cells import NETWORKS, SITES, finished, kind_of
+from natimg_cells import NETWORKS, PRETRAIN, SITES, finished, kind_of
 from tables import Results, Table
 
 from polyclinic.evaluation.results import read_results
@@ -25,6 +26,7 @@ METRICS = {"auroc": "macro AUROC", "balanced_accuracy": "balanced accuracy"}
 OWN_BASES = {
     ", one family": "A12: local, one family",
     ", one network": "A12: local, one network",
+    ", batch norm, random start": "A18: local, batch norm, random start",
     "random start": RANDOM,
 }
 """How the names of ablations end that have a baseline of their own, and which."""
@@ -33,22 +35,24 @@ BASES = (PRETRAINED, LOCAL, UNIFORM, *OWN_BASES.values())
 JUDGING = ("evaluate", "keep", "test", "central-test")
 """Ops that are no part of a round's training."""
 
-INTRO = """NatIMG-FL (reconstruction): of the paper its abstract is public; algorithm, settings and data here are ours.
-Real chest X-rays at 64 pixels, grey; hospitals with different small networks (group norm; 64 features enter the last
-layer) and 1000 public images of flowers (five classes, grey) as proxies, the same for every method that uses any.
+INTRO = f"""NatIMG-FL (reconstruction): of the paper its abstract is public; algorithm, settings and data here are
+ours. Real chest X-rays at 64 pixels, grey; hospitals with different small networks (group norm; 64 features enter the
+last layer) and 1000 public images of flowers (five classes, grey) as proxies, the same for every method that uses any.
 `kermany-N` are three hospitals of children (normal, bacterial, viral) drawn by patient from one with other shares of
 the classes, N training images each; `sources-N` children in Guangzhou, adults at the NIH (no finding or pneumonia) and
-intensive care in Hannover, which has one class and at most 82 training images: AUROC is undefined there and left out;
-which site an image comes from is easily seen, so what helps there may be a shortcut. `findings-150` are three hospitals
-of the NIH's adults with seven findings; `small-2000` two of children at 28 pixels from PneumoniaMNIST, whose patients
-are not recorded. Kermany and PneumoniaMNIST are the same source and never mixed. Test and validation patients are the
-same for every seed and N (N / 2 images for validation, 80 at most); seeds draw training patients and start weights. All
-methods make the same number of gradient steps on their own images in every round, with balanced batches of 16; all but
-`local` start from networks trained for 20 passes on the proxies, and so does what rivals add (companions, central
-models). What a method trains on proxies comes on top; its seconds are in the tables of cost. The server makes 40 steps
-a round. Learned weights keep a tenth of the training images apart. Validation chose the round; test reports. The
-central model is that of the last round. Values are means over seeds with 95% intervals over patients and seeds;
-differences are paired by both."""
+intensive care in Hannover, which has one class and at most 82 training images: AUROC and balanced accuracy say nothing
+there and are left out; which site an image comes from is easily seen, so what helps there may be a shortcut.
+`findings-150` are three hospitals of the NIH's adults with seven findings; `small-2000` two of children at 28 pixels
+from PneumoniaMNIST, whose patients are not recorded. Kermany and PneumoniaMNIST are the same source and never mixed.
+Test and validation patients are the same for every seed and N (N / 2 images for validation, 80 at most); seeds draw
+training patients and start weights. All sites make the same number of gradient steps on their own images in every
+round, with batches of 16, balanced but for `findings`; `pooled` makes as many as all sites together. All but `local`,
+and what is named after a random start or one family, start from networks trained for {PRETRAIN} passes on the proxies,
+and so does what rivals add (companions, central models). What a method trains on proxies comes on top; its seconds are
+in the tables of cost. The server makes 40 steps a round. Learned weights keep at least a tenth of the training images
+apart, whole patients and two of each class: 14% at 50 images; `A6: uniform, as many kept apart` does the same.
+Validation chose the round; test reports. The central model is that of the last round. Values are means over seeds with
+95% intervals over patients and seeds; differences are paired by both."""
 
 
 BYTES = "kermany-100"
@@ -81,7 +85,8 @@ def group(cells: Sequence[Cell], work: Path) -> Json:
     """Numbers of one scenario: values, differences, costs, central models."""
     runs: Runs = defaultdict(dict)
     for cell in cells:
-        runs[cell.arm][cell.seed] = read_results(work / cell.key)
+        results = read_results(work / cell.key)
+        runs[cell.arm][cell.seed] = {site: without_one_class(result) for site, result in results.items()}
     runs = with_pooled(runs, kind_of(cells[0].scenario))
     pairs: list[Json] = []
     for base in BASES:
@@ -98,6 +103,13 @@ def group(cells: Sequence[Cell], work: Path) -> Json:
         "central": {arm: central(folders) for arm, folders in by_arm.items()},
         "commits": sorted({str(_json(work / cell.key / "environment.json")["commit"]) for cell in cells}),
     }
+
+
+def without_one_class(result: SiteResult) -> SiteResult:
+    """The same, with balanced accuracy undefined where the site has one class: there a constant answer scores 1."""
+    if not np.isnan(result.metrics["auroc"]):
+        return result
+    return replace(result, metrics={**result.metrics, "balanced_accuracy": float("nan")})
 
 
 def _json(path: Path) -> Json:

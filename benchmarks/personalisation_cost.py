@@ -96,9 +96,9 @@ def ratio(values: Sequence[float]) -> str:
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def child(arguments: Json) -> Json:
-    """Run a probe in a fresh process."""
-    command = [sys.executable, __file__, "--probe", json.dumps(arguments)]
+def child(arguments: Json, program: str = __file__) -> Json:
+    """Run a probe of a benchmark in a fresh process."""
+    command = [sys.executable, program, "--probe", json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")

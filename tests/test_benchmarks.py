@@ -73,6 +73,25 @@ def test_costs_of_a_step_are_measured_in_processes_of_their_own(monkeypatch: pyt
     assert made.ratio([2.0, 1.0, 4.0]) == "2.00 (1.00 to 4.00)"
 
 
+def test_steps_of_natimg_fl_are_measured_in_rounds_in_which_the_central_model_teaches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(OVERHEAD.parent))
+    made = importlib.import_module("natimg_cost")
+    for name, value in {"BATCH": 4, "STEPS": 6, "PUBLIC": 20}.items():
+        monkeypatch.setattr(made, name, value)
+    public = made.draw_public(tmp_path)
+    for arm, method in made.ARMS.items():
+        found = made.seconds(method, "small-cnn", public, tmp_path / arm)
+        assert len(found) == made.ROUNDS - made.WARM
+        assert min(found) > 0
+        if arm != "local":
+            (told,) = (tmp_path / arm).rglob("transfer/site.json")
+            rounds = json.loads(told.read_text())["rounds"][made.WARM :]
+            assert all(one["matching"] > 0 for one in rounds)
+            assert all(("meta_steps" in one) == (arm == "learned") for one in rounds)
+
+
 def test_tables_of_pppml_hmi_from_two_finished_comparisons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(OVERHEAD.parent))
     made = importlib.import_module("pppml_hmi")
