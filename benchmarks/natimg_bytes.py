@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from cell_runs import Cell
-from natimg_arms import PRETRAINED, UNIFORM
+from natimg_arms import LEARNED, PRETRAINED, UNIFORM
 from natimg_cells import EMBEDDING, study_of
 from tables import Table
+from torch import nn
 
 from polyclinic.models.registry import describe, untrained_model
 from polyclinic.study import ModelSettings, Study, validate_study
+from polyclinic.transfer.teachers import Shape
 
 Json = dict[str, Any]
 VECTORS = "A20: pooled vectors travel"
@@ -20,14 +22,17 @@ HALF, SINGLE = 2, 4
 """Bytes of a value."""
 SHOWN = 500
 """Public images of a round, by default."""
+LEARNT = 900
+"""Public images of a round of natimg-fl: all but the tenth that judges."""
 
 
 def reckoned(study: Study, arm: str) -> tuple[float, float] | None:
     """Bytes up and down of all sites in a round, without names and losses; None for methods not reckoned here."""
     sites, classes = list(study.models), len(study.task.classes)
-    if arm == UNIFORM:
-        up = sum(_parameters(study, study.model_of(site)) for site in sites)
-        return HALF * up, HALF * len(sites) * _parameters(study, study.model)
+    if arm in (UNIFORM, LEARNED, VECTORS):
+        values = _said if arm == VECTORS else _parameters
+        up = sum(values(study, study.model_of(site)) for site in sites)
+        return HALF * up, HALF * len(sites) * values(study, study.model)
     per_site = {
         "fedmd": SINGLE * SHOWN * classes,
         "ds-fl": SINGLE * SHOWN * classes,
@@ -39,8 +44,17 @@ def reckoned(study: Study, arm: str) -> tuple[float, float] | None:
 
 
 def _parameters(study: Study, settings: ModelSettings) -> int:
-    plain = settings.model_copy(update={"weights": ""})
-    return describe(untrained_model(study, plain))["parameters"]
+    return describe(_plain(study, settings))["parameters"]
+
+
+def _said(study: Study, settings: ModelSettings) -> int:
+    """Values that a network says of the public images of a round: means of its taps, and logits."""
+    shape = Shape.of(_plain(study, settings), study.data.image)
+    return LEARNT * (sum(shape.channels) + shape.outputs)
+
+
+def _plain(study: Study, settings: ModelSettings) -> nn.Module:
+    return untrained_model(study, settings.model_copy(update={"weights": ""}))
 
 
 def bytes_table(cells: list[Cell], costs: Mapping[str, Json], data: Path) -> Table:

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import settings
 from tiny import TINY, changed
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# No example of a property has a time limit: on a busy machine any of them may be slow once.
+settings.register_profile("polyclinic", deadline=None)
+settings.load_profile("polyclinic")
 Said = tuple[int, str, str]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -158,13 +159,14 @@ NETWORKS = {
 }
 
 
-def test_cells_are_trained_once_and_get_their_tables(
-    module: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cells, arms, tables = module("natimg_cells"), module("natimg_arms"), module("natimg_tables")
-    hospitals, runs = module("natimg_hospitals"), module("cell_runs")
-    data, work = tmp_path / "data", tmp_path / "work"
-    fake_data(data)
+Modules = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def tiny(module: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Modules:
+    """The benchmark with a handful of images and small networks; data in ``data``."""
+    cells, hospitals = module("natimg_cells"), module("natimg_hospitals")
+    fake_data(tmp_path / "data")
     monkeypatch.setattr(cells, "NETWORKS", NETWORKS)
     monkeypatch.setattr(cells, "PROXIES", ("flowers",))
     monkeypatch.setattr(cells, "PRETRAIN", 1)
@@ -174,10 +176,18 @@ def test_cells_are_trained_once_and_get_their_tables(
     monkeypatch.setattr(hospitals, "LARGEST", {"kermany": 12})
     monkeypatch.setattr(hospitals, "HELD_OUT", {"kermany": (12, 24)})
     monkeypatch.setattr(module("synthesis_cells"), "_loaded", {})
-    every = arms.arms("kermany")
-    tiny: dict[str, Any] = {"evaluation.bootstrap": 20, "data.image.size": [16, 16], "training.augment": {}}
-    chosen = [arms.LOCAL, arms.PRETRAINED, "fedproto", *(name for name in every if name.startswith("pooled"))]
-    made = runs.cells_of("kermany-12", 2, {name: {**every[name], **tiny} for name in chosen}, [0])
+    monkeypatch.setattr("sys.argv", ["natimg_fl.py", "--quick"])
+    monkeypatch.setattr("builtins.print", lambda *args, **kwargs: None)
+    return module
+
+
+def measured(module: Modules, folder: Path, changes: dict[str, dict[str, Any]], **other: Any) -> list[Any]:
+    """Cells of two rounds, each trained below ``work``."""
+    cells = module("natimg_cells")
+    few: dict[str, Any] = {"evaluation.bootstrap": 20, "data.image.size": [16, 16], "training.augment": {}}
+    chosen = {name: {**own, **few, **other} for name, own in changes.items()}
+    made: list[Any] = module("cell_runs").cells_of("kermany-12", 2, chosen, [0])
+    work, data = folder / "work", folder / "data"
     cells.prepare(made, work, data)
     for name in NETWORKS:
         cells.pretrain((name, 0), work, data)
@@ -185,14 +195,27 @@ def test_cells_are_trained_once_and_get_their_tables(
         assert cells.finished(cell, work) is None
         cells.measure(cell, work, data)
         assert cells.finished(cell, work) is not None
+    return made
+
+
+def written(module: Modules, made: list[Any], folder: Path) -> dict[str, Any]:
+    """What the tables of these cells say, as JSON."""
+    module("natimg_tables").write_results("natimg_fl", made, folder / "work", folder / "out", folder / "data")
+    found: dict[str, Any] = json.loads((folder / "out" / "natimg_fl.json").read_text(encoding="utf-8"))
+    assert all(len(row) == len(table["columns"]) for table in found["tables"] for row in table["rows"])
+    return found
+
+
+def test_cells_are_trained_once_and_get_their_tables(tiny: Modules, tmp_path: Path) -> None:
+    cells, arms, tables, runs = (tiny(n) for n in ("natimg_cells", "natimg_arms", "natimg_tables", "cell_runs"))
+    work = tmp_path / "work"
+    every = arms.arms("kermany")
+    chosen = [arms.LOCAL, arms.PRETRAINED, "fedproto", *(name for name in every if name.startswith("pooled"))]
+    made = measured(tiny, tmp_path, {name: every[name] for name in chosen})
     other = runs.Cell("kermany-12", 2, arms.LOCAL, (("training.steps", "3"),), 0)
     assert cells.finished(other, work) is None, "the same folder with other settings"
 
-    monkeypatch.setattr("sys.argv", ["natimg_fl.py", "--quick"])
-    monkeypatch.setattr("builtins.print", lambda *args, **kwargs: None)
-    tables.write_results("natimg_fl", made, work, tmp_path / "out", data)
-    found = json.loads((tmp_path / "out" / "natimg_fl.json").read_text(encoding="utf-8"))
-    assert all(len(row) == len(table["columns"]) for table in found["tables"] for row in table["rows"])
+    found = written(tiny, made, tmp_path)
     numbers = found["cells"]["kermany-12"]["measured"]
     assert set(numbers["values"]) == {arms.LOCAL, arms.PRETRAINED, "fedproto", arms.POOLED}
     # Pooled training counts at each site with the network that the site has.
@@ -207,6 +230,49 @@ def test_cells_are_trained_once_and_get_their_tables(
     row = tables.pair(numbers, "fedproto", arms.PRETRAINED)
     assert row["value"] == pytest.approx(values["fedproto"] - values[arms.PRETRAINED])
     assert numbers["costs"]["fedproto"]["up"] > 3 * 64 * 8 * 3 > numbers["costs"][arms.LOCAL]["up"]
+
+
+def test_natimg_fl_gets_its_verdicts_its_central_model_and_its_bytes(
+    tiny: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells, arms, sizes = (tiny(name) for name in ("natimg_cells", "natimg_arms", "natimg_bytes"))
+    monkeypatch.setattr(cells, "PROXIES", ("flowers", "noise"))
+    monkeypatch.setattr(tiny("natimg_tables"), "BYTES", "kermany-12")
+    monkeypatch.setattr(sizes, "LEARNT", 14)  # of 16, one of each class judges
+    monkeypatch.setattr(sizes, "full_size", {"resnet18": 1, "resnet34": 2, "mobilenet": 3, "densenet121": 4}.get)
+    cells.write_proxies("noise", tmp_path / "work" / "proxies", tmp_path / "data", 4)
+    every = {**arms.arms("kermany"), **arms.ablations("kermany")}
+    ours = (arms.UNIFORM, arms.LEARNED, arms.RANDOM, arms.NOISE, sizes.VECTORS)
+    quick = {"method.server_steps": 2, "method.q": 1}
+    made = measured(tiny, tmp_path, {arms.PRETRAINED: every[arms.PRETRAINED]})
+    made += measured(tiny, tmp_path, {name: every[name] for name in ours}, **quick)
+    found = written(tiny, made, tmp_path)
+    rows = {table["title"]: {row[0]: row[1:] for row in table["rows"]} for table in found["tables"]}
+
+    verdicts = rows["The three kill criteria"]
+    assert [title[:3] for title in verdicts] == ["(a)", "(a)", "(b)", "(c)"]
+    for scenario, value, said, _ in verdicts.values():
+        assert scenario == "kermany-12"
+        assert len(numbers(value)) == 3, "a difference and the ends of its interval"
+        assert said in ("better", "worse", "not told apart")
+    central = rows["kermany-12: the central model at the sites"]
+    assert set(central) == set(ours)
+    assert all(0 <= float(value) <= 1 for row in central.values() for value in row)
+    travels = rows["What travels"]
+    assert set(ours) & set(travels) == {arms.UNIFORM, arms.LEARNED, sizes.VECTORS}
+    for arm in (arms.UNIFORM, arms.LEARNED, sizes.VECTORS):
+        up, wanted_up, down, wanted_down = map(float, travels[arm])
+        # Names and shapes of some tens of tensors, at most 100 bytes each.
+        assert 0 < up - wanted_up < 5, arm
+        assert 0 < down - wanted_down < 5, arm
+    assert travels[arms.UNIFORM] != travels[sizes.VECTORS]
+    moved = json.loads((tmp_path / "work" / made[2].key / "transfer" / "east.json").read_text(encoding="utf-8"))
+    assert moved["rounds"][-1]["meta_steps"], "weights were learned"
+
+
+def numbers(text: str) -> list[float]:
+    """Finite ones in a cell of a table."""
+    return [float(found) for found in re.findall(r"[-+]?\d+\.\d+", text)]
 
 
 def test_a_cell_is_guessed_by_its_networks_and_steps(module: Callable[[str], ModuleType]) -> None:

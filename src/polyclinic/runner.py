@@ -32,6 +32,7 @@ from polyclinic.federation.site import Leaf, Op, Site, Workbench
 from polyclinic.federation.state import ServerState
 from polyclinic.methods import make_method
 from polyclinic.methods.pooled import POOLED_SITE
+from polyclinic.models.pretraining import pretrain_ahead
 from polyclinic.models.registry import describe
 from polyclinic.models.weights import save_tensors, shared_tensors, snapshot
 from polyclinic.results import Json, RunFolder, plain_json
@@ -179,6 +180,7 @@ class Run:
         self.aggregation = Aggregation(study, self.method, sorted(sites))
         check_models(study, sites)
         networks = self.method.networks
+        pretrain_ahead(study, [study.model, *(study.model_of(name) for name in sorted(sites))], observer.working)
         self.bench = networks.of(study.model, SITE)
         self.method.check_networks({name: networks.of_site(name).model for name in sorted(sites)})
         self.losses: dict[str, float] = {}

@@ -24,6 +24,7 @@ from polyclinic.errors import StudyError
 from polyclinic.methods import METHODS, method_class
 from polyclinic.models.registry import build_model
 from polyclinic.study import ImageSettings, ModelSettings, Study, TaskSettings, study_schema, validate_study
+from polyclinic.transfer.teachers import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -136,6 +137,11 @@ def test_the_network_of_ones_own_is_built(tmp_path: Path, monkeypatch: pytest.Mo
         settings = ModelSettings(name="my_networks:build", norm=norm, options={"hidden": 8})
         model = build_model(settings, TaskSettings(classes=["a", "b"]), ImageSettings(size=[16, 16]), seed=0)
         assert model(torch.zeros(3, 1, 16, 16)).shape == (3, 2)
+        assert Shape.of(model, ImageSettings(size=[16, 16])) == Shape(("1", "2"), [8, 8], "2", 8, 2)
+    network = {"name": "my_networks:build", "norm": "group", "options": {"hidden": 8}}
+    own = toy_study({"name": "natimg-fl", "server_steps": 1, "rounds": 2}, models={"north": network})
+    run = trained(own, sites(), tmp_path / "run")
+    assert run.channel._sites["north"].state.load("pupil") is not None
 
 
 @pytest.fixture

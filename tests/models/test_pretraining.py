@@ -9,13 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from toy_proxies import toy_proxies
-from toys import site_data, toy_study, trained
+from toys import enlarged, site_data, toy_study, trained
 
 import polyclinic.models.pretraining as pretraining
 from polyclinic.data.proxies import load_proxies
 from polyclinic.errors import StudyError
 from polyclinic.models.registry import start_model, untrained_model
 from polyclinic.models.taps import features
+from polyclinic.results import RunFolder
+from polyclinic.runner import Run, Silent
 from polyclinic.seeds import derive_seed
 from polyclinic.study import ModelSettings, Study
 
@@ -133,3 +135,22 @@ def test_the_common_amplitude_stays_unset(tmp_path: Path) -> None:
 def test_networks_without_known_features_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="does not say where its features are"):
         start_model(study(tmp_path, model={"name": "toys:linear"}, data={"image": {"size": [4, 4]}}))
+
+
+def test_a_run_tells_of_pre_training_and_does_it_once_for_each_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(Silent, "working", lambda _self, *said: told.append(said))
+    models = {"north": {"name": "toy_proxies:narrow"}, "south": CNN}
+    own = study(tmp_path, passes=2, models=models)
+    count = len(load_proxies(own).parts(own.seed)[0])
+    RunFolder(tmp_path / "run").create(own)
+    Run(own, enlarged(8), RunFolder(tmp_path / "run"), Silent())
+    names = [f"pre-training of {name}" for name in ("small-cnn", "toy_proxies:narrow")]
+    assert list(dict.fromkeys(name for name, _, _ in told)) == names
+    for name in names:
+        done = [d for n, d, _ in told if n == name]
+        assert done == sorted(set(done)), "trained twice"
+        assert done[-1] == 2 * count
+        assert {total for n, _, total in told if n == name} == {2 * count}

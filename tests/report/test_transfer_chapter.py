@@ -19,8 +19,17 @@ OWN = ["blocks.2", "blocks.5", "blocks.8"]
 
 def add_transfer(folder: Path, sites: list[str], learned: bool = True) -> None:
     """Three rounds of a central model with two maps and sites with three."""
-    to_site = {"where": [[1.25, 0.5, 0.75], [1.0, 0.05, 1.5]], "entropy": [[0.9, 0.8, 1.0], [0.7, 0.9, 0.8]]}
-    to_central = {"where": [[1.1, 0.9], [1.0, 1.0], [0.8, 1.2]], "entropy": [[1.0, 0.5]] * 3, "floor": 0.0}
+    to_site: dict[str, Any] = {
+        "where": [[1.25, 0.5, 0.75], [1.0, 0.05, 1.5]],
+        "entropy": [[0.9, 0.8, 1.0], [0.7, 0.9, 0.8]],
+    }
+    to_central: dict[str, Any] = {
+        "where": [[1.1, 0.9], [1.0, 1.0], [0.8, 1.2]],
+        "entropy": [[1.0, 0.5]] * 3,
+        "floor": 0.0,
+    }
+    to_site |= {"channels": [[3.25, 0.5, 0.25, 0.0], [1.0] * 10]}
+    to_central |= {"channels": [[1.05, 0.95], [1.5, 0.5], [1.0, 1.0]]}
     central: list[dict[str, Any]] = [
         {"round": n, "natural_accuracy": 0.2 * n, "loss": 2.0, "natural": 1.5 / n, "matching": 1.0, "soft": 0.01}
         | {"sites": dict.fromkeys(sites, to_central) if learned else {}}
@@ -66,6 +75,35 @@ def test_maps_say_what_teaches_and_what_learns(learned: str) -> None:
     assert "st-anne: from central" in down
     up = texts(learned, "where-north-site-to-central")
     assert [t for t in up if re.fullmatch(r"\d\.\d\d", t)] == ["1.10", "0.90", "1.00", "1.00", "0.80", "1.20"]
+
+
+def colours(section: str, figure: str) -> list[tuple[str, float]]:
+    """Colour and strength of the cells of a map, row by row."""
+    svg = section.split(f'<figure id="{figure}">')[1].split("</figure>")[0]
+    found = re.findall(r"fill: var\(--(s\d)\); opacity: ([\d.]+)", svg)
+    return [(color, float(strength)) for color, strength in found]
+
+
+def test_colours_part_at_one(learned: str) -> None:
+    cells = colours(learned, "where-north-site-to-central")  # 1.1 0.9, none under 1 1, 0.8 1.2
+    assert [color for color, _ in cells] == ["s0", "s1", "s1", "s0"]
+    strengths = [strength for _, strength in cells]
+    assert 0 < strengths[0] < strengths[1] < strengths[3] < strengths[2] < 0.5
+    down = colours(learned, "where-north-central-to-site")
+    assert max(strength for _, strength in down) == 0.5, "0.05 is the furthest from 1"
+
+
+def test_channels_are_bars_in_falling_order(learned: str) -> None:
+    down = texts(learned, "what-st-anne-central-to-site")
+    assert [t for t in down if re.fullmatch(r"\d\.\d\d", t)] == ["3.25", "1.00"]
+    assert {"stage1", "stage2"} <= set(down)
+    svg = learned.split('<figure id="what-st-anne-central-to-site">')[1].split("</figure>")[0]
+    bars = re.findall(r'<path d="M [\d.]+ ([\d.]+)\nL [\d.]+ [\d.]+\nL [\d.]+ ([\d.]+)', svg)
+    heights = [abs(float(foot) - float(top)) for foot, top in bars]
+    assert len(heights) == 14
+    assert heights[0] / heights[1] == pytest.approx(6.5, rel=0.01)
+    assert heights[3] == 0
+    assert heights[4:] == pytest.approx([2 * heights[1]] * 10, rel=0.01)
 
 
 def test_bars_are_means_over_pairs(learned: str) -> None:

@@ -95,7 +95,7 @@ def test_learned_weights_are_the_formula_written_out() -> None:
             what = ((g @ narrow.T).relu() @ made.what.wide[m][n] + made.what.bias[m][n]).softmax(1)
             layer = made.where.layers[m]
             where = 0.05 + 5.95 / (1 + (-(g @ layer.weight[n] + layer.bias[n])).exp())
-            total += float((where * (what * pair_error(made, source, target, m, n)).sum(1)).mean()) / 6
+            total += float((where * (what * pair_error(made, source, target, m, n)).sum(1)).detach().mean()) / 6
     assert math.isclose(float(made(made.see(source, target), target)), total, rel_tol=1e-10)
 
 

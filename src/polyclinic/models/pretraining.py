@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from polyclinic.data.batches import proxy_batches
 from polyclinic.data.proxies import Proxies, load_proxies
 from polyclinic.errors import StudyError
 from polyclinic.models.amplitude_norm import BUFFER
-from polyclinic.models.registry import head_name
+from polyclinic.models.registry import head_name, untrained_model
 from polyclinic.models.taps import feature_tap, features
 from polyclinic.models.weights import load_tensors, snapshot
 from polyclinic.seeds import derive_seed, generator
@@ -30,9 +31,23 @@ from polyclinic.training import fit
 MOST_KEPT = 8
 _kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 """Results of this process by what they depend on: server and sites start from the same network."""
+Told = Callable[[str, int, int], None]
+"""What is done, how many images of it so far, how many in all."""
 
 
-def pretrain(model: nn.Module, study: Study, settings: ModelSettings) -> None:
+def pretrain_ahead(study: Study, networks: Iterable[ModelSettings], told: Told) -> None:
+    """Pre-train networks, telling of progress, so that whoever builds one of them finds it done.
+
+    Nothing happens in a study without ``proxies.pretrain``. Raises as ``pretrain``.
+    """
+    if study.proxies is None or not study.proxies.pretrain:
+        return
+    different = {settings.model_dump_json(): settings for settings in networks}
+    for settings in [*different.values()][:MOST_KEPT]:
+        pretrain(untrained_model(study, settings), study, settings, told)
+
+
+def pretrain(model: nn.Module, study: Study, settings: ModelSettings, told: Told | None = None) -> None:
     """Train a network in place on the training part (``Proxies.parts``) of the public images.
 
     Optimizer, learning rate, batch size and augmentation are those of ``training``. The network's own last layer keeps
@@ -42,6 +57,7 @@ def pretrain(model: nn.Module, study: Study, settings: ModelSettings) -> None:
         model: On the CPU, with its random start weights or those of a file.
         study: With ``proxies``.
         settings: Of the network.
+        told: Hears of progress; not where it was done before.
 
     Raises:
         StudyError: The task is segmentation, or the network does not say where its features are. DataError: From the
@@ -54,15 +70,18 @@ def pretrain(model: nn.Module, study: Study, settings: ModelSettings) -> None:
     proxies = load_proxies(study)
     key = _key(study, settings, proxies)
     if key not in _kept:
-        _kept[key] = _trained(copy.deepcopy(model).to(study.device), study, proxies)
+        total = study.proxies.pretrain * len(proxies.parts(study.seed)[0])
+        name = f"pre-training of {settings.name}"
+        tell = (lambda done: told(name, done, total)) if told else (lambda done: None)
+        _kept[key] = _trained(copy.deepcopy(model).to(study.device), study, proxies, tell)
         while len(_kept) > MOST_KEPT:
             _kept.popitem(last=False)
     _kept.move_to_end(key)
     load_tensors(model, _kept[key])
 
 
-def _trained(model: nn.Module, study: Study, proxies: Proxies) -> dict[str, Tensor]:
-    """The values after training, without those of the network's own last layer."""
+def _trained(model: nn.Module, study: Study, proxies: Proxies, tell: Callable[[int], None]) -> dict[str, Tensor]:
+    """The values after training, without those of the network's own last layer; ``tell`` hears of images done."""
     assert study.proxies is not None
     seed = derive_seed(study.seed, "pretraining")
     head = f"{head_name(model)}."
@@ -81,12 +100,20 @@ def _trained(model: nn.Module, study: Study, proxies: Proxies) -> dict[str, Tens
         return F.cross_entropy(found, proxies.labels[positions].to(study.device))
 
     model.train()
-    batches = proxy_batches(train, rng, study.training.batch_size, passes=study.proxies.pretrain)
+    batches = _counted(proxy_batches(train, rng, study.training.batch_size, passes=study.proxies.pretrain), tell)
     settings = study.training
     fit([*trunk, *second.parameters()], batches, loss, settings, lr=settings.lr, seed=seed, device=study.device)
     # The amplitude of model.harmonise is that of patients' images: their first batch sets it.
     values = {n: t for n, t in model.state_dict().items() if not n.startswith(head) and n != BUFFER}
     return {name: tensor.cpu() for name, tensor in snapshot(values).items()}
+
+
+def _counted(batches: Iterable[Tensor], tell: Callable[[int], None]) -> Iterator[Tensor]:
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        tell(done)
 
 
 def _key(study: Study, settings: ModelSettings, proxies: Proxies) -> str:

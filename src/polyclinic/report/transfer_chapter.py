@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from polyclinic.report.figures import ACCENT, INK, MUTED, Key, Panel, panel, series_style
+from polyclinic.report.figures import INK, MUTED, Key, Panel, panel, series_style
 from polyclinic.report.folder import Json, Run
 
-_FAINTEST, _STRONGEST = 0.07, 0.5
-"""Strength of the accent colour under a weight of 0 and under the largest; ink stays readable on the latter."""
+_ABOVE, _BELOW = "more than 1", "less than 1"
+_STRONGEST = 0.5
+"""Strength of the colour under the weight that is furthest from 1; ink stays readable on it."""
+_LEAST_SPAN = 1.25
+"""How far from 1 a weight must be at least to have that colour: a little noise is to look like little."""
 TO_SITE, TO_CENTRAL = "central to site", "site to central"
 _TERMS = {
     "natural": "natural classes (cross-entropy)",
@@ -28,9 +32,13 @@ def transfer_chapter(run: Run) -> Json:
         return {}
     central = found["central"]
     looks = _looks(found)
-    most = max((float(np.max(look["where"])) for look in looks), default=1.0)
+    span = max([math.log(_LEAST_SPAN), *(float(np.abs(np.log(look["where"])).max()) for look in looks)])
+    shown = [look for look in looks if "channels" in look]
+    most = max([2.0, *(share for look in shown for row in look["channels"] for share in row)])
     return {
-        "maps": [_weight_map(look, most) for look in looks],
+        "maps": [_weight_map(look, span) for look in looks],
+        "scale": Key.of([_ABOVE, _BELOW]),
+        "channels": [_channels(look, most) for look in shown],
         "entropy": [_entropy(looks)] if looks else [],
         "directions": Key.of([TO_SITE, TO_CENTRAL]),
         "curves": _curves(found),
@@ -67,19 +75,23 @@ def _looks(found: Json) -> list[Json]:
     return looks
 
 
-def _weight_map(look: Json, most: float) -> Panel:
-    """Mean λ of each pair of maps: the source's downwards, the target's across, shallow first."""
+def _weight_map(look: Json, span: float) -> Panel:
+    """Mean λ of each pair of maps: the source's downwards, the target's across, shallow first.
+
+    Args:
+        look: Of a site and a direction.
+        span: |log λ| of the strongest colour.
+    """
     from matplotlib.patches import Rectangle
 
     table = np.array(look["where"])
-    site, direction = look["site"], look["direction"]
-    title = f"{site}: from central" if direction == TO_SITE else f"{site}: to central"
     height = 0.43 * len(table) + 0.75
-    with panel(f"where-{site}-{direction}", title, shape=(5, max(height, 1.6))) as (made, axes):
+    id, title = _named("where", look)
+    with panel(id, title, shape=(5, max(height, 1.6))) as (made, axes):
         for (row, column), value in np.ndenumerate(table):
-            strength = _FAINTEST + (_STRONGEST - _FAINTEST) * value / most
+            color, strength = series_style(int(value < 1))["color"], _STRONGEST * abs(math.log(value)) / span
             axes.add_patch(
-                Rectangle((column - 0.48, row - 0.47), 0.96, 0.94, facecolor=ACCENT, alpha=strength, linewidth=0)
+                Rectangle((column - 0.48, row - 0.47), 0.96, 0.94, facecolor=color, alpha=strength, linewidth=0)
             )
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9.5, color=INK)
         sources, targets = ([_short(name) for name in names] for names in look["names"])
@@ -89,9 +101,48 @@ def _weight_map(look: Json, most: float) -> Panel:
         axes.set_yticks(range(table.shape[0]), sources, fontsize=8.5, parse_math=False)
         axes.set_xlabel("learns", fontsize=9)
         axes.set_ylabel("teaches", fontsize=9)
-        axes.grid(False)
-        for side in axes.spines.values():
-            side.set_visible(False)
+        _bare(axes)
+    return made
+
+
+def _named(kind: str, look: Json) -> tuple[str, str]:
+    """Identifier and title of a picture of a site and a direction."""
+    site, direction = look["site"], look["direction"]
+    return f"{kind}-{site}-{direction}", f"{site}: from central" if direction == TO_SITE else f"{site}: to central"
+
+
+def _bare(axes: Any) -> None:
+    axes.grid(False)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def _channels(look: Json, most: float) -> Panel:
+    """A row of bars for each map that teaches: channels in groups, weightiest first, beside a line at 1.
+
+    Args:
+        look: Of a site and a direction.
+        most: Weight of the highest bar of all pictures.
+    """
+    rows = look["channels"]
+    number = [TO_SITE, TO_CENTRAL].index(look["direction"])
+    id, title = _named("what", look)
+    with panel(id, title, shape=(5, 0.55 * len(rows) + 0.75)) as (made, axes):
+        for place, shares in enumerate(rows):
+            # Rows run downwards, bars up from their foot.
+            foot, scale, width = place + 0.45, 0.85 / most, 1 / len(shares)
+            left = [n * width for n in range(len(shares))]
+            tops = [-scale * share for share in shares]
+            axes.bar(left, tops, 0.92 * width, foot, align="edge", color=series_style(number)["color"], alpha=0.75)
+            axes.plot([0, 1], [foot - scale] * 2, color=MUTED, linewidth=0.8)
+            axes.text(1.02, foot - scale, f"{shares[0]:.2f}", va="center", fontsize=9.5, color=INK)
+        axes.set_xlim(0, 1.13)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xticks([])
+        axes.set_yticks(range(len(rows)), [_short(name) for name in look["names"][0]], fontsize=8.5, parse_math=False)
+        axes.set_xlabel("channels, the weightiest first", fontsize=9)
+        axes.set_ylabel("teaches", fontsize=9)
+        _bare(axes)
     return made
 
 

@@ -25,12 +25,13 @@ from polyclinic.seeds import derive_seed, generator
 from polyclinic.study import Study
 from polyclinic.training import learning_rate, make_optimizer, trained_parameters
 from polyclinic.transfer.hypergradient import Parameters
+from polyclinic.transfer.looks import Looks
 from polyclinic.transfer.memory import Memory
 from polyclinic.transfer.meta_step import MetaStep
 from polyclinic.transfer.natimg_settings import NatIMGFLParams
 from polyclinic.transfer.public_batches import PublicBatch, PublicBatches
 from polyclinic.transfer.pupil import Learnt, Mix, Pupil, chance, warm_up
-from polyclinic.transfer.tally import Tally, rounded
+from polyclinic.transfer.tally import Tally
 from polyclinic.transfer.teachers import Shape, Teacher
 
 Shares = dict[str, float]
@@ -84,14 +85,20 @@ class CentralTraining:
         memory = self._memory(pupil)
         memory.load(state.groups["memory"])
         meta = memory.meta_step(self._params, self._params.beta_server)
-        tally, looks = self._steps(pupil, memory, meta, teachers, weights)
+        looks = Looks(pupil.matching, self._params.q)
+        tally = self._steps(pupil, memory, meta, looks, teachers, weights)
         if not tally.finite:
             raise SiteError(
                 f"training of the central model diverged in round {self._number} at learning rate {self._rate:g}. "
                 "Lower training.lr, or set training.clip."
             )
         self._keep(state, pupil, memory)
-        record = {"round": self._number, "natural_accuracy": self._accuracy(pupil), **tally.means(), "sites": looks}
+        record = {
+            "round": self._number,
+            "natural_accuracy": self._accuracy(pupil),
+            **tally.means(),
+            "sites": looks.tables(),
+        }
         told = [*json.loads(str(state.scalars.get("transfer", "[]"))), record]
         state.scalars["transfer"] = json.dumps(told)
 
@@ -100,14 +107,14 @@ class CentralTraining:
         pupil: Pupil,
         memory: Memory,
         meta: MetaStep | None,
+        looks: Looks,
         teachers: Mapping[str, Teacher],
         weights: Mapping[str, float],
-    ) -> tuple[Tally, dict[str, Any]]:
+    ) -> Tally:
         settings, tally = self._study.training, Tally()
         moved: list[Tensor] = list(trained_parameters(pupil.network).values())
         optimizer = make_optimizer(moved, settings, self._rate)
         rng = generator(self._seed, "teachers")
-        last: dict[str, Learnt] = {}
         pupil.network.train()
         for step in range(1, self._params.server_steps + 1):
             shares = self._some(weights, rng)
@@ -124,9 +131,10 @@ class CentralTraining:
             optimizer.step()
             memory.beside.step()
             tally.add({"loss": learnt.loss, **learnt.terms})
-            last |= dict.fromkeys(learnt.sources, learnt)
+            if self._params.weights != "uniform":
+                looks.see(step, learnt)
         optimizer.zero_grad(set_to_none=True)
-        return tally, self._looks(pupil, last)
+        return tally
 
     def _some(self, weights: Mapping[str, float], rng: Any) -> Shares:
         """Shares of the sites that teach in a step, drawn where there are many; they sum to one."""
@@ -170,15 +178,6 @@ class CentralTraining:
         """Everything that the next round needs; matchings with absent sites stay as they were."""
         state.groups["central"] = snapshot({**self._bench.tensors, **pupil.statistics.tensors})
         state.groups["memory"] = {**state.groups.get("memory", {}), **memory.tensors()}
-
-    def _looks(self, pupil: Pupil, last: Mapping[str, Learnt]) -> dict[str, Any]:
-        """Weights of the matchings on the last batch of each."""
-        if self._params.weights == "uniform":
-            return {}
-        return {
-            site: rounded(pupil.matching[site].summary(learnt.sources[site], learnt.said.maps))
-            for site, learnt in last.items()
-        }
 
     @torch.no_grad()
     def _accuracy(self, pupil: Pupil) -> float:

@@ -229,14 +229,21 @@ class Matching(nn.Module):
 
         Returns:
             ``where`` ``[M, N]``: mean λ. ``entropy`` ``[M, N]``: mean entropy of w over its largest value, 0..1.
-            ``floor``: share of the λ near their lower bound, below 0.1.
+            ``channels`` ``[ΣC]``: mean w over images and target maps. ``floor``: share of the λ near their lower bound,
+            below 0.1.
         """
         where = self._where(source, maps)
         if where is None:
             where = source.means.new_ones(1, len(self.target), len(self.source))
-        parts = torch.split(self._what(source).expand(-1, len(self.target), -1), self.source, 2)
+        what = self._what(source).expand(-1, len(self.target), -1)
+        parts = torch.split(what, self.source, 2)
         entropy = [torch.special.entr(part).sum(2).mean(0) / math.log(max(part.shape[2], 2)) for part in parts]
-        return {"where": where.mean(0).T, "entropy": torch.stack(entropy), "floor": (where < 2 * LEAST).float().mean()}
+        return {
+            "where": where.mean(0).T,
+            "entropy": torch.stack(entropy),
+            "channels": what.mean((0, 1)),
+            "floor": (where < 2 * LEAST).float().mean(),
+        }
 
 
 def _map(values: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class NatIMGFLParams(MethodParams):
     alpha_end: float = Field(0.2, ge=0)
     """What is left of alpha in the last round, as a share; it falls linearly."""
     gamma: float = Field(0.1, ge=0)
-    """Weight of the alignment; it grows from a tenth of the rounds to about half of them."""
+    """Weight of the alignment; it grows with the rounds: half of it after a tenth of them, nearly all after half."""
     beta: float = Field(0.5, ge=0)
     """Weight of D at the sites."""
     beta_server: float = Field(0.5, ge=0)

@@ -27,12 +27,13 @@ from polyclinic.seeds import derive_seed, generator
 from polyclinic.training import Batch, Step, TrainingResult, learning_rate, plain_step
 from polyclinic.transfer.alignment import aligned
 from polyclinic.transfer.hypergradient import Parameters
+from polyclinic.transfer.looks import Looks
 from polyclinic.transfer.memory import Memory
 from polyclinic.transfer.meta_step import MetaStep, network_of
 from polyclinic.transfer.natimg_settings import NatIMGFLParams
 from polyclinic.transfer.public_batches import PublicBatches
 from polyclinic.transfer.pupil import Learnt, Mix, Pupil, chance, warm_up
-from polyclinic.transfer.tally import Tally, rounded
+from polyclinic.transfer.tally import Tally
 from polyclinic.transfer.teachers import Shape, Teacher, pooled
 
 TEACHER = "central"
@@ -74,6 +75,7 @@ class SiteLessons:
         self._rate = learning_rate(study.training, number, params.rounds)
         self._tally = Tally()
         self._meta: MetaStep | None = None
+        self._looks: Looks | None = None
         self._learnt: Learnt | None = None
 
     @property
@@ -100,6 +102,7 @@ class SiteLessons:
         if teacher is not None and params.beta:
             seed = derive_seed(self._first, "matching")
             self.pupil.learn_from(TEACHER, list(teacher.channels), params.weights, seed)
+            self._looks = Looks(self.pupil.matching, params.q) if params.weights != "uniform" else None
         training = site.study.training
         self._memory = Memory(self.pupil, training, self._rate, params.meta_lr)
         self._memory.load(self._kept)
@@ -114,7 +117,7 @@ class SiteLessons:
     def save(self) -> None:
         """Remember network and all beside it, and write what the weights look like into the site's own folder."""
         site = self.site
-        record = {"round": site.round, **self._tally.means(), **self._looks()}
+        record = {"round": site.round, **self._tally.means(), **self._looked()}
         history = [*self._history, record]
         site.state.save(_KEY, {**self._kept, **self._memory.tensors()}, history=json.dumps(history))
         site.state.save("personal", site.tensors)
@@ -153,6 +156,8 @@ class SiteLessons:
             self._learn_weights(step, public.images, learnt)
         self._memory.beside.step()
         self._tally.add(learnt.terms)
+        if self._looks is not None:
+            self._looks.see(step.number, learnt)
         self._learnt = learnt
         return loss
 
@@ -185,14 +190,11 @@ class SiteLessons:
         device = step.batch.inputs.device
         return Batch(inputs.to(device), data.targets[chosen].to(device))
 
-    def _looks(self) -> dict[str, Any]:
-        """Weights of the matching on the last batch."""
-        learnt = self._learnt
-        if learnt is None or not learnt.sources or self.params.weights == "uniform":
-            return {}
-        found = self.pupil.matching[TEACHER].summary(learnt.sources[TEACHER], learnt.said.maps)
+    def _looked(self) -> dict[str, Any]:
+        """Weights of the matching, and how they were learned."""
+        found = {} if self._looks is None else self._looks.tables().get(TEACHER, {})
         counted: Counter[str] = Counter() if self._meta is None else self._meta.done
-        return {**rounded(found), "meta_steps": dict(counted)}
+        return {**found, "meta_steps": dict(counted)} if found else {}
 
 
 class _With(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +31,3 @@ class Tally:
     def finite(self) -> bool:
         """Whether all sums are numbers."""
         return all(bool(torch.isfinite(total)) for total in self._sums.values())
-
-
-def rounded(tables: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Tables of numbers for a file, to four digits behind the point."""
-    return {name: torch.round(values.double(), decimals=4).tolist() for name, values in tables.items()}
