@@ -26,7 +26,7 @@ ARMS: dict[str, Json] = {
 }
 CENTRAL = "small-resnet"
 NETWORKS = ("small-cnn", "small-resnet", "shufflenet", "mobilenet", "resnet18")
-BATCH, STEPS, ROUNDS, WARM = 32, 30, 4, 2
+BATCH, STEPS, ROUNDS, WARM = 32, 20, 4, 2
 """Rounds up to ``WARM`` are not measured: in the first the central model does not teach yet."""
 PUBLIC, CLASSES = 200, 10
 INTRO = f"""Processor seconds of a site's whole part in a round (train, and all that is saved and sent) over its {STEPS}
@@ -49,7 +49,7 @@ def main() -> None:
     rows = []
     for network in NETWORKS[:2] if options.quick else NETWORKS:
         found = []
-        for repeat in range(1 if options.quick else 3):
+        for repeat in range(1 if options.quick else 2):
             settings = {"network": network, "repeat": repeat}
             found.append(results.cell(f"{network}/{repeat}", settings, lambda: child(settings, __file__)))  # noqa: B023
         base = median(seconds for one in found for seconds in one["local"])
