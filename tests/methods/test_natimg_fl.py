@@ -17,6 +17,7 @@ from torch import Tensor
 from toy_proxies import CLASSES, MIXED, PER_CLASS
 from toys import IMAGES, deployed, enlarged, public_images, resumed, sites, toy_study, trained
 
+from polyclinic.comparison import check_sites
 from polyclinic.data.proxies import load_proxies
 from polyclinic.errors import DataError, SiteError, StudyError
 from polyclinic.federation.message import Message
@@ -728,3 +729,11 @@ def test_an_altered_natural_image_stops_the_run_before_round_one(tmp_path: Path)
         run.train()
     assert not run.records
     assert public_images() != given
+
+
+def test_checking_a_study_pre_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("pre-trained while the study was checked")
+
+    monkeypatch.setattr("polyclinic.models.pretraining.pretrain", never)
+    check_sites({"natimg-fl": [study(proxies={**public_images(), "pretrain": 1})]}, sites())

@@ -53,6 +53,7 @@ from polyclinic.federation.site import Site, Workbench
 from polyclinic.federation.state import ServerState
 from polyclinic.methods.base import TRAINED, Leaf, Method, Op, draw_cohort, load_own
 from polyclinic.models.domain_statistics import NaturalStatistics
+from polyclinic.models.registry import untrained_model
 from polyclinic.models.weights import load_tensors
 from polyclinic.secure.sum import SecureSum
 from polyclinic.seeds import generator
@@ -100,7 +101,8 @@ class NatIMGFL(Method):
 
     def check_networks(self, networks: Mapping[str, nn.Module]) -> None:
         """All networks, the central one too, must say where their maps and features are."""
-        for model in {id(model): model for model in (*networks.values(), self._central_bench().model)}.values():
+        central = untrained_model(self.study, self.central_settings)
+        for model in {id(model): model for model in (*networks.values(), central)}.values():
             Shape.of(model, self.study.data.image)
 
     def check_data(self, data: SiteData) -> None:
