@@ -37,22 +37,23 @@ JUDGING = ("evaluate", "keep", "test", "central-test")
 
 INTRO = f"""NatIMG-FL (reconstruction): of the paper its abstract is public; algorithm, settings and data here are
 ours. Real chest X-rays at 64 pixels, grey; hospitals with different small networks (group norm; 64 features enter the
-last layer) and 1000 public images of flowers (five classes, grey) as proxies, the same for every method that uses any.
-`kermany-N` are three hospitals of children (normal, bacterial, viral) drawn by patient from one with other shares of
-the classes, N training images each; `sources-N` children in Guangzhou, adults at the NIH (no finding or pneumonia) and
-intensive care in Hannover, which has one class and at most 82 training images: AUROC and balanced accuracy say nothing
-there and are left out; which site an image comes from is easily seen, so what helps there may be a shortcut.
-`findings-150` are three hospitals of the NIH's adults with seven findings; `small-2000` two of children at 28 pixels
-from PneumoniaMNIST, whose patients are not recorded. Kermany and PneumoniaMNIST are the same source and never mixed.
-Test and validation patients are the same for every seed and N (N / 2 images for validation, 80 at most); seeds draw
-training patients and start weights. All sites make the same number of gradient steps on their own images in every
-round, with batches of 16, balanced but for `findings`; `pooled` makes as many as all sites together. All but `local`,
-and what is named after a random start or one family, start from networks trained for {PRETRAIN} passes on the proxies,
-and so does what rivals add (companions, central models). What a method trains on proxies comes on top; its seconds are
-in the tables of cost. The server makes 40 steps a round. Learned weights keep at least a tenth of the training images
-apart, whole patients and two of each class: 14% at 50 images; `A6: uniform, as many kept apart` does the same.
-Validation chose the round; test reports. The central model is that of the last round. Values are means over seeds with
-95% intervals over patients and seeds; differences are paired by both."""
+last layer; full-size ones were not trained, for want of a GPU) and 1000 public images of flowers (five classes, grey)
+as proxies, the same for every method that uses any. `kermany-N` are three hospitals of children (normal, bacterial,
+viral) drawn by patient from one with other shares of the classes, N training images each; `sources-N` children in
+Guangzhou, adults at the NIH (no finding or pneumonia) and intensive care in Hannover, which has one class and at most
+82 training images: AUROC and balanced accuracy say nothing there and are left out; which site an image comes from is
+easily seen, so what helps there may be a shortcut. `findings-150` are three hospitals of the NIH's adults with seven
+findings; `small-2000` two of children at 28 pixels from PneumoniaMNIST, whose patients are not recorded. Kermany and
+PneumoniaMNIST are the same source and never mixed. Test and validation patients are the same for every seed and N (N /
+2 images for validation, 80 at most); seeds draw training patients and start weights. All sites make the same number of
+gradient steps on their own images in every round, with batches of 16, balanced but for `findings`; `pooled` makes as
+many as all sites together. All but `local`, and what is named after a random start or one family, start from networks
+trained for {PRETRAIN} passes on the proxies, and so does what rivals add (companions, central models). What a method
+trains on proxies comes on top; its seconds are in the tables of cost. The server makes 40 steps a round. Learned
+weights keep at least a tenth of the training images apart, whole patients and two of each class: 14% at 50 images;
+`A6: uniform, as many kept apart` does the same. Validation chose the round; test reports. The central model is that of
+the last round. Values are means over seeds with 95% intervals over patients and seeds; differences are paired by
+both."""
 
 
 BYTES = "kermany-100"
