@@ -120,6 +120,17 @@ def test_numbers_of_the_last_round(learned: str) -> None:
     assert "central differences" in learned  # one site could not do better
 
 
+def test_a_pair_without_any_weight_is_drawn(tmp_path: Path) -> None:
+    """Attention may take so much of it that the file says 0."""
+    folder = make_run(tmp_path / "run", sites=["north"])
+    add_transfer(folder, ["north"])
+    path = folder / "transfer" / "north.json"
+    path.write_text(path.read_text().replace("0.05", "0.0"))
+    section = chapter(folder)
+    assert "0.00" in texts(section, "where-north-central-to-site")
+    assert max(colours(section, "where-north-central-to-site"), key=lambda cell: cell[1]) == ("s1", 0.5)
+
+
 def test_weights_that_are_all_alike_need_no_picture(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", sites=["north"])
     add_transfer(folder, ["north"], learned=False)

@@ -32,7 +32,7 @@ def transfer_chapter(run: Run) -> Json:
         return {}
     central = found["central"]
     looks = _looks(found)
-    span = max([math.log(_LEAST_SPAN), *(float(np.abs(np.log(look["where"])).max()) for look in looks)])
+    span = max([math.log(_LEAST_SPAN), *(_from_one(value) for look in looks for row in look["where"] for value in row)])
     shown = [look for look in looks if "channels" in look]
     most = max([2.0, *(share for look in shown for row in look["channels"] for share in row)])
     return {
@@ -89,7 +89,7 @@ def _weight_map(look: Json, span: float) -> Panel:
     id, title = _named("where", look)
     with panel(id, title, shape=(5, max(height, 1.6))) as (made, axes):
         for (row, column), value in np.ndenumerate(table):
-            color, strength = series_style(int(value < 1))["color"], _STRONGEST * abs(math.log(value)) / span
+            color, strength = series_style(int(value < 1))["color"], _STRONGEST * _from_one(float(value)) / span
             axes.add_patch(
                 Rectangle((column - 0.48, row - 0.47), 0.96, 0.94, facecolor=color, alpha=strength, linewidth=0)
             )
@@ -103,6 +103,11 @@ def _weight_map(look: Json, span: float) -> Panel:
         axes.set_ylabel("teaches", fontsize=9)
         _bare(axes)
     return made
+
+
+def _from_one(weight: float) -> float:
+    """How far a weight is from 1, by ratios; attention may take all of it from a pair, which counts as a hundredth."""
+    return abs(math.log(max(weight, 0.01)))
 
 
 def _named(kind: str, look: Json) -> tuple[str, str]:
