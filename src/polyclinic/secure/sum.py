@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from polyclinic.errors import SiteError
+from polyclinic.federation.answers import nobody
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message, Scalar
 
@@ -91,8 +92,7 @@ class PlainSum:
                 del arrays
             del reply  # before the next site trains
         if not scalars:
-            reasons = "; ".join(f"{site}: {reason}" for site, reason in channel.absent.items())
-            raise SiteError(f"no site answered {op!r} in round {channel.round} ({reasons or 'none was asked'}).")
+            raise nobody(channel, op)
         return Total(sums, weights, scalars)
 
 

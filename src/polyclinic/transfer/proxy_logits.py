@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from polyclinic.data.batches import proxy_batches
 from polyclinic.data.proxies import Proxies, agree_on_proxies
 from polyclinic.errors import SiteError, StudyError
+from polyclinic.federation.answers import nobody
 from polyclinic.federation.channel import Channel
 from polyclinic.federation.message import Message
 from polyclinic.federation.site import Leaf, Site
@@ -175,8 +176,7 @@ def answers(channel: Channel, op: str, messages: Mapping[str, Message]) -> dict[
     """
     found = {site: reply.group("answers") for site, reply in channel.stream(op, messages)}
     if not found:
-        reasons = "; ".join(f"{site}: {reason}" for site, reason in channel.absent.items())
-        raise SiteError(f"no site answered {op!r} in round {channel.round} ({reasons or 'none was asked'}).")
+        raise nobody(channel, op)
     first, wanted = next((site, {n: t.shape for n, t in own.items()}) for site, own in found.items())
     for site, own in found.items():
         shapes = {name: tensor.shape for name, tensor in own.items()}
